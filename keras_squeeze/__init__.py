@@ -1,0 +1,22 @@
+"""Make Keras models really smaller and really faster, from inside `model.fit`."""
+
+from keras_squeeze import criteria, schedules
+from keras_squeeze.pruning.keep_sparsity import KeepSparsity
+from keras_squeeze.pruning.magnitude import MagnitudePruning, prune_weights
+from keras_squeeze.report import CompressionReport, summarize
+from keras_squeeze.selection import register_layer
+from keras_squeeze.training import AfterTarget
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AfterTarget",
+    "CompressionReport",
+    "KeepSparsity",
+    "MagnitudePruning",
+    "criteria",
+    "prune_weights",
+    "register_layer",
+    "schedules",
+    "summarize",
+]

@@ -1,0 +1,185 @@
+"""`keras-squeeze demo`: the main job on real data, offline, as a list of stages.
+
+A stage is a function that gets the `Demo` so far, adds a model to it or draws something, and returns a sentence
+about what it did. A new feature shows itself by one more entry in `STAGES`.
+"""
+
+import functools
+import gzip
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import keras
+import numpy as np
+
+from keras_squeeze import plots
+from keras_squeeze.pruning.magnitude import MagnitudePruning
+from keras_squeeze.report import summarize
+
+TARGET_SPARSITY = 0.9
+DENSE_EPOCHS = 15
+PRUNING_EPOCHS = 25
+
+
+@dataclass
+class Demo:
+    """What the stages share.
+
+    Attributes:
+        directory: Where models and pictures are written.
+        train, test: `(images, labels)`; images (n, 8, 8, 1) in [0, 1].
+        models: The models so far, by the name of their row in the table.
+        on_epoch: Called after each training epoch with the fraction of the stage that is done.
+    """
+
+    directory: pathlib.Path
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    on_epoch: Callable[[float], None]
+    models: dict[str, keras.Model] = field(default_factory=dict)
+
+    def fit(self, model: keras.Model, epochs: int, *callbacks: keras.callbacks.Callback) -> dict:
+        """Trains on the digits, validates on the test images, and moves the progress bar."""
+        progress = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: self.on_epoch((epoch + 1) / epochs),
+        )
+        options = {"epochs": epochs, "batch_size": 64, "verbose": 0, "validation_data": self.test}
+        return model.fit(*self.train, callbacks=[*callbacks, progress], **options).history
+
+    def accuracy(self, model: keras.Model) -> float:
+        """Fraction of the test images that a model gets right."""
+        images, labels = self.test
+        return float(np.mean(model.predict(images, verbose=0).argmax(-1) == labels))
+
+
+def train_dense(demo: Demo) -> str:
+    """An ordinary small convolutional network."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
+            keras.layers.Conv2D(64, 3, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(128, activation="relu"),
+            keras.layers.Dense(10),
+        ]
+    )
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    demo.fit(model, DENSE_EPOCHS)
+    demo.models["dense"] = model
+    return f"trained {model.count_params():,} parameters on {len(demo.train[0]):,} handwritten digits"
+
+
+def prune(demo: Demo) -> str:
+    """The same network, trained on while nine of ten weights go."""
+    dense = demo.models["dense"]
+    model = keras.models.clone_model(dense)
+    model.set_weights(dense.get_weights())
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    history = demo.fit(model, PRUNING_EPOCHS, MagnitudePruning(TARGET_SPARSITY, allocation="global"))
+    demo.models["pruned"] = model
+    picture = plots.plot_pruning(history, demo.directory / "pruning.png", baseline=demo.accuracy(dense))
+    return f"pruned to {history['sparsity'][-1]:.0%} zeros; sparsity and accuracy over training: {picture}"
+
+
+STAGES: list[tuple[str, Callable[[Demo], str]]] = [
+    ("Train a convolutional network", train_dense),
+    ("Prune it gradually while it trains on", prune),
+]
+
+
+def run_demo(directory: str | pathlib.Path = "squeeze-demo", *, seed: int = 0) -> list[dict]:
+    """Runs every stage, prints the table before and after, and saves the models.
+
+    Args:
+        directory: Where the models and the picture go; made if it is missing.
+        seed: For reproducible results.
+
+    Returns:
+        One dictionary per row of the table.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    keras.utils.set_random_seed(seed)
+    console = Console()
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks = [progress.add_task(title, total=1.0, start=False) for title, _ in STAGES]
+        train, test = _digits(seed)
+        demo = Demo(directory, train, test, on_epoch=lambda done: None)
+        for task, (_, stage) in zip(tasks, STAGES, strict=True):
+            progress.start_task(task)
+            demo.on_epoch = functools.partial(_move, progress, task)
+            progress.console.print(f"  {stage(demo)}", soft_wrap=True)
+            progress.update(task, completed=1.0)
+    rows = [_row(demo, name, model) for name, model in demo.models.items()]
+    console.print(_table(rows))
+    console.print(f"Models and pictures are in {directory}/. Look inside one with keras_squeeze.summarize(model).")
+    return rows
+
+
+def _move(progress, task, done: float) -> None:
+    progress.update(task, completed=done)
+
+
+def _digits(seed: int):
+    """scikit-learn's handwritten digits, 1,797 real scans of 8 by 8 pixels; 500 are kept for the test."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = np.random.default_rng(seed).permutation(len(data.target))
+    images = (data.images[order, ..., np.newaxis] / 16).astype("float32")
+    labels = data.target[order].astype("int32")
+    return (images[500:], labels[500:]), (images[:500], labels[:500])
+
+
+def _row(demo: Demo, name: str, model: keras.Model) -> dict:
+    artefact = keras.models.clone_model(model)  # without the optimizer's state, which does not ship
+    artefact.set_weights(model.get_weights())
+    path = demo.directory / f"{name}.keras"
+    artefact.save(path)
+    total = summarize(model).total
+    return {
+        "model": name,
+        "accuracy": demo.accuracy(model),
+        "parameters": total.parameters,
+        "zeros": total.zeros,
+        "dense_bytes": total.dense_bytes,
+        "compressed_bytes": total.compressed_bytes,
+        "gzip_bytes": len(gzip.compress(path.read_bytes())),
+        "macs": total.macs,
+        "effective_macs": total.effective_macs,
+    }
+
+
+def _table(rows: list[dict]):
+    """One column per model."""
+    from rich.table import Table
+
+    table = Table(title="The digits network, before and after")
+    table.add_column()
+    for row in rows:
+        table.add_column(row["model"], justify="right")
+    table.add_row("accuracy", *(f"{row['accuracy']:.1%}" for row in rows))
+    for key, heading in {
+        "parameters": "parameters",
+        "zeros": "zeros",
+        "dense_bytes": "bytes, dense",
+        "compressed_bytes": "bytes, compressed",
+        "gzip_bytes": "bytes, .keras file gzipped",
+        "macs": "MACs",
+        "effective_macs": "MACs, zeros left out",
+    }.items():
+        table.add_row(heading, *(f"{row[key]:,}" for row in rows))
+    return table

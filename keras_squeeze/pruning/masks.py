@@ -1,0 +1,330 @@
+"""From scores to masks. Pure functions on NumPy arrays; a mask is boolean, True keeps.
+
+A *pattern* says which zeros are allowed, by dividing a weight into units that live or die together. An
+*allocation* says how a target sparsity is spread over several weights. Selection is exact and deterministic:
+of equal scores, the one with the lower index is kept.
+"""
+
+import itertools
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_squeeze.pruning.ranking import mark_largest
+
+ALLOCATIONS = ("uniform", "global", "erk")
+
+Expand = Callable[[np.ndarray], np.ndarray]
+"""Turns the flat boolean array of kept units into a mask of the weight's shape."""
+
+
+class Pattern(ABC):
+    """Which zeros are allowed.
+
+    Attributes:
+        max_sparsity: The sparsity at which every unit is pruned; a target must not be above it.
+        min_units: Units that every weight keeps, so that no layer dies.
+    """
+
+    max_sparsity: float = 1.0
+    min_units: int = 1
+
+    @abstractmethod
+    def units(self, scores: np.ndarray, alive: np.ndarray | None, input_axis: int) -> tuple[np.ndarray, Expand]:
+        """Divides a weight into units.
+
+        Args:
+            scores: One score per value of the weight.
+            alive: Boolean, False where the weight is zero already; None where zeros score lowest anyway.
+            input_axis: The axis that is summed over when the layer is applied.
+
+        Returns:
+            A flat array with a score for each unit (-inf: prune first), and the function that turns a flat
+            boolean array of kept units into a mask.
+        """
+
+    def check(self, shape: tuple[int, ...], name: str) -> None:  # noqa: B027 - most patterns fit every shape
+        """Raises a `ValueError` where a weight of this shape cannot have the pattern."""
+
+    @abstractmethod
+    def get_config(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+@keras.saving.register_keras_serializable("keras_squeeze")
+class Unstructured(Pattern):
+    """Any value may be zero."""
+
+    def units(self, scores, alive, input_axis):
+        flat = scores.reshape(-1)
+        if alive is not None:
+            flat = np.where(alive.reshape(-1), flat, -np.inf)
+        return flat, lambda keep: keep.reshape(scores.shape)
+
+    def get_config(self):
+        return {}
+
+
+@keras.saving.register_keras_serializable("keras_squeeze")
+class NOfM(Pattern):
+    """At most `n` of every `m` consecutive values along the input axis are kept: `"2:4"` for sparse tensor cores.
+
+    The units are the `m - n` lowest of each group, so a schedule fills the pattern gradually and at sparsity
+    `1 - n / m` it is complete. A group at the end that has fewer than `m` values keeps `n` of them.
+
+    Args:
+        n: Values kept in each group, at least 1.
+        m: Values in a group, more than `n`.
+
+    Reference: Zhou et al. 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
+        https://arxiv.org/abs/2102.04010
+    """
+
+    min_units = 0  # the best n of every group are no units: they always stay
+
+    def __init__(self, n: int, m: int):
+        if not (isinstance(n, int) and isinstance(m, int) and 1 <= n < m):
+            raise ValueError(f"An n:m pattern keeps n of every m values, 1 <= n < m. Received: n={n}, m={m}")
+        self.n, self.m = n, m
+        self.max_sparsity = 1.0 - n / m
+
+    def units(self, scores, alive, input_axis):
+        lanes = np.moveaxis(scores, input_axis, -1)
+        if alive is not None:
+            lanes = np.where(np.moveaxis(alive, input_axis, -1), lanes, -np.inf)
+        length = lanes.shape[-1]
+        padding = -length % self.m
+        # A NaN sorts behind everything: the padding is never among the n best, nor a unit.
+        negated = np.pad(-lanes, [(0, 0)] * (lanes.ndim - 1) + [(0, padding)], constant_values=np.nan)
+        groups = negated.reshape(-1, self.m)
+        lowest = np.argsort(groups, axis=-1, kind="stable")[:, self.n :]
+        positions = (lowest + np.arange(len(groups))[:, None] * self.m).ravel()
+        positions = np.sort(positions[~np.isnan(groups.ravel()[positions])])
+
+        def expand(keep):
+            mask = np.ones(groups.size, bool)
+            mask[positions] = keep
+            mask = mask.reshape(*lanes.shape[:-1], length + padding)[..., :length]
+            return np.ascontiguousarray(np.moveaxis(mask, -1, input_axis))
+
+        return -groups.ravel()[positions], expand
+
+    def get_config(self):
+        return {"n": self.n, "m": self.m}
+
+
+@keras.saving.register_keras_serializable("keras_squeeze")
+class Blocks(Pattern):
+    """Whole blocks along the last axes are zero or not; blocks at the border may be smaller.
+
+    Args:
+        shape: Block size along the last axes: `(1, 4)` is four neighbouring outputs of one input.
+        pooling: `"mean"` or `"max"` of a block's scores is the block's score.
+    """
+
+    def __init__(self, shape: Sequence[int], pooling: str = "mean"):
+        shape = tuple(shape)
+        if not shape or not all(isinstance(size, int) and size >= 1 for size in shape):
+            raise ValueError(f"A block's shape must be positive ints, such as (1, 4). Received: {shape}")
+        if pooling not in ("mean", "max"):
+            raise ValueError(f"`pooling` must be 'mean' or 'max'. Received: {pooling!r}")
+        self.shape, self.pooling = shape, pooling
+
+    def check(self, shape, name):
+        if len(shape) < len(self.shape):
+            raise ValueError(f"{name}: a weight of shape {shape} cannot have blocks of shape {self.shape}.")
+
+    def units(self, scores, alive, input_axis):
+        pooled = self._pool(scores, np.add.reduceat if self.pooling == "mean" else np.maximum.reduceat)
+        if self.pooling == "mean":
+            pooled = pooled / self._pool(np.ones_like(scores), np.add.reduceat)
+        if alive is not None:
+            pooled = np.where(self._pool(alive, np.logical_or.reduceat), pooled, -np.inf)
+
+        def expand(keep):
+            mask = keep.reshape(pooled.shape)
+            for axis, size in self._axes(scores.shape):
+                mask = np.repeat(mask, size, axis=axis).take(range(scores.shape[axis]), axis=axis)
+            return mask
+
+        return pooled.ravel(), expand
+
+    def _pool(self, array, reduceat):
+        for axis, size in self._axes(array.shape):
+            array = reduceat(array, np.arange(0, array.shape[axis], size), axis=axis)
+        return array
+
+    def _axes(self, shape):
+        first = len(shape) - len(self.shape)
+        return [(first + index, size) for index, size in enumerate(self.shape) if size > 1]
+
+    def get_config(self):
+        return {"shape": list(self.shape), "pooling": self.pooling}
+
+
+def get_pattern(identifier) -> Pattern:
+    """Turns `"unstructured"`, `"n:m"`, a block shape, a config or a `Pattern` into a `Pattern`.
+
+    Raises:
+        ValueError: an unknown string or an impossible pattern.
+        TypeError: something else.
+    """
+    if isinstance(identifier, Pattern):
+        return identifier
+    if isinstance(identifier, dict):
+        return keras.saving.deserialize_keras_object(identifier)
+    if isinstance(identifier, (tuple, list)):
+        return Blocks(identifier)
+    if isinstance(identifier, str):
+        ratio = re.fullmatch(r"(\d+):(\d+)", identifier)
+        if ratio:
+            return NOfM(int(ratio[1]), int(ratio[2]))
+        if identifier == "unstructured":
+            return Unstructured()
+        raise ValueError(
+            "`pattern` must be 'unstructured', 'n:m' such as '2:4', or a block shape such as (1, 4). "
+            f"Received: {identifier!r}"
+        )
+    raise TypeError(f"`pattern` must be a string, a block shape or a Pattern. Received: {identifier!r}")
+
+
+def select_masks(
+    scores: Iterable[np.ndarray],
+    sparsity: float,
+    *,
+    allocation: str = "uniform",
+    pattern="unstructured",
+    input_axes: Iterable[int] | None = None,
+    alive: Iterable[np.ndarray | None] | None = None,
+) -> list[np.ndarray]:
+    """Chooses which values of several weights to keep.
+
+    Args:
+        scores: One array of scores per weight, of the weight's shape; higher means keep. A generator saves time and
+            memory with `"uniform"`, which takes one after the other.
+        sparsity: Target in [0, 1), at most what the pattern allows.
+        allocation: `"uniform"`, every weight has the target sparsity; `"global"`, all scores compete, and
+            every weight keeps at least one unit; `"erk"`, weights with more values per input and output are
+            sparser (`erk_sparsities`).
+        pattern: A `Pattern` or what `get_pattern` takes.
+        input_axes: For n:m patterns: the axis of each weight along which groups run; default -2.
+        alive: Per weight, False where it is zero already: those are pruned first. None: scores say it all.
+
+    Returns:
+        One boolean mask per weight, True keeps.
+
+    Raises:
+        ValueError: the sparsity is more than the pattern allows, or an unknown allocation or pattern.
+    """
+    pattern = get_pattern(pattern)
+    check_allocation(allocation)
+    check_reachable(sparsity, pattern)
+    parts = zip(
+        scores,
+        itertools.repeat(None) if alive is None else alive,
+        itertools.repeat(-2) if input_axes is None else input_axes,
+        strict=False,
+    )
+    share = min(sparsity / pattern.max_sparsity, 1.0)
+    if allocation == "global":
+        return _select_globally([pattern.units(*part) for part in parts], share, pattern.min_units)
+    shares: Iterable[float] = itertools.repeat(share)
+    if allocation == "erk":
+        known = list(parts)
+        shares = erk_sparsities([weight_scores.shape for weight_scores, _, _ in known], share)
+        parts = zip(*zip(*known, strict=True), strict=True)
+    masks = []
+    for part, weight_share in zip(parts, shares, strict=False):
+        units, expand = pattern.units(*part)
+        masks.append(expand(mark_largest([units], keep_count(units.size, weight_share, pattern.min_units))[0]))
+    return masks
+
+
+def check_allocation(allocation) -> None:
+    """Raises a `ValueError` for an unknown allocation."""
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"`allocation` must be one of {', '.join(map(repr, ALLOCATIONS))}. Received: {allocation!r}")
+
+
+def check_reachable(sparsity: float, pattern: Pattern) -> None:
+    """Raises a `ValueError` where a target is more than a pattern allows."""
+    if sparsity > pattern.max_sparsity + 1e-6:
+        raise ValueError(
+            f"Pattern {pattern!r} allows a sparsity of at most {pattern.max_sparsity:g}. Received: sparsity="
+            f"{sparsity}. Lower the target or choose another pattern."
+        )
+
+
+def keep_count(size: int, share_pruned: float, at_least: int = 1) -> int:
+    """How many of `size` units stay: `round_half_even(size * (1 - share_pruned))`, but `at_least` so many.
+
+    Computed in float32, as tfmot does, so that both keep the same number; from 2**24 on, where float32 cannot
+    count, in float64.
+    """
+    if size < 2**24:
+        kept = np.round(np.float32(size) * (np.float32(1) - np.float32(share_pruned)))
+    else:
+        kept = round(size * (1.0 - share_pruned))
+    return max(int(kept), at_least)
+
+
+def erk_sparsities(shapes: Sequence[tuple[int, ...]], sparsity: float) -> list[float]:
+    """Spreads a sparsity by the Erdos-Renyi-kernel rule: density proportional to `sum(shape) / prod(shape)`.
+
+    Weights that the rule would give a density above 1 stay dense, and the others bear the rest.
+
+    Args:
+        shapes: Shapes of the weights, kernel positions included.
+        sparsity: Target over all weights together.
+
+    Returns:
+        One sparsity per weight; the sparsities average to the target, weighted by size.
+
+    Reference: Evci et al. 2020, "Rigging the Lottery", section 3, https://arxiv.org/abs/1911.11134
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    to_keep = sum(sizes) * (1.0 - sparsity)
+    dense: set[int] = set()
+    while True:
+        sparse = [index for index in range(len(shapes)) if index not in dense]
+        weights = sum(sum(shapes[index]) for index in sparse)
+        scale = (to_keep - sum(sizes[index] for index in dense)) / weights if weights else 0.0
+        too_dense = [index for index in sparse if scale * sum(shapes[index]) > sizes[index]]
+        if not too_dense:
+            break
+        dense.update(too_dense)
+    return [0.0 if index in dense else 1.0 - scale * sum(shape) / sizes[index] for index, shape in enumerate(shapes)]
+
+
+def _select_globally(divided: Sequence[tuple[np.ndarray, Expand]], share: float, at_least: int) -> list[np.ndarray]:
+    units = [unit_scores for unit_scores, _ in divided]
+    count = keep_count(sum(u.size for u in units), share, at_least)
+    keep = _keep_globally(units, count) if at_least else mark_largest(units, count)
+    return [expand(kept) for (_, expand), kept in zip(divided, keep, strict=True)]
+
+
+def _keep_globally(units: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+    """The `count` best units of all weights, and at least the best one of each weight."""
+    keep = mark_largest(units, max(count, len(units)))
+    empty = [index for index, kept in enumerate(keep) if not kept.any()]
+    if not empty:
+        return keep
+    for index in empty:
+        keep[index][np.argmax(units[index])] = True
+    others = [index for index in range(len(units)) if index not in empty]
+    again = _keep_globally([units[index] for index in others], count - len(empty)) if others else []
+    for index, kept in zip(others, again, strict=True):
+        keep[index] = kept
+    return keep

@@ -1,0 +1,348 @@
+"""What a model holds and what it computes: parameters, zeros, bits, bytes and multiply-accumulates by layer."""
+
+import html
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_squeeze.selection import Variable, _row, _underlying, find_layers, mac_formula, read
+from keras_squeeze.tracing import MacCount, count_macs
+
+_CHUNK = 1 << 22
+_LISTED = 5
+_WIDTH = 120
+_COLUMNS = ("layer", "kind", "parameters", "sparsity", "bits", "size", "compressed", "MACs", "effective")
+_NARROW_COLUMNS = ("layer", "parameters", "sparsity", "compressed", "MACs", "effective")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a `CompressionReport`, or the whole model.
+
+    Attributes:
+        path: Where the layer stands in the model, such as `"encoder/dense_1"`; `"total"` for the whole model.
+        kind: Its class.
+        parameters: Number of values in all its weights; a weight that two layers share counts for the first.
+        compressible: Number of values in its compressible weights: kernels and embeddings, not biases.
+        zeros: How many of those are zero.
+        bits: Bits that each of those takes (where there are none, that each parameter takes).
+        dense_bytes: Bytes of all its weights as they are.
+        compressed_bytes: Bytes of all its weights, each stored in the smallest of three plain forms: as it is, as a
+            bit mask and the nonzero values, or as the nonzero values each with a byte that counts the zeros before
+            it. This is sparse storage without entropy coding: a zipped file can be smaller still.
+        macs: Multiply-accumulates of one inference, all calls of the layer together; None where unknown.
+        effective_macs: Those whose weight is not zero. What is saved only where the hardware skips zeros.
+    """
+
+    path: str
+    kind: str
+    parameters: int
+    compressible: int
+    zeros: int
+    bits: float
+    dense_bytes: int
+    compressed_bytes: int
+    macs: int | None
+    effective_macs: int | None
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros as a fraction of the compressible weights."""
+        return self.zeros / self.compressible if self.compressible else 0.0
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "sparsity": self.sparsity}
+
+
+@dataclass
+class CompressionReport:
+    """A model's parameters, zeros, bits, bytes and multiply-accumulates; prints as a table.
+
+    Attributes:
+        name: The model's name.
+        layers: A `LayerReport` for every layer that holds weights, in the model's order.
+        total: A `LayerReport` of the whole model.
+        skipped: `(path, reason)` of layers with weights that cannot be compressed.
+        frozen: `(path, reason)` of neurons that cannot be pruned.
+        notes: What these numbers leave out, in sentences.
+    """
+
+    name: str
+    layers: list[LayerReport]
+    total: LayerReport
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    frozen: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """The report as dicts, lists, strings and numbers."""
+        return {
+            "name": self.name,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "total": self.total.to_dict(),
+            "skipped": [list(entry) for entry in self.skipped],
+            "frozen": [list(entry) for entry in self.frozen],
+            "notes": list(self.notes),
+        }
+
+    def to_json(self, **kwargs) -> str:
+        """The report as JSON; the arguments are those of `json.dumps`, such as `indent=2`."""
+        return json.dumps(self.to_dict(), **kwargs)
+
+    def to_dataframe(self):
+        """A `pandas.DataFrame` with a row for every layer, without the total."""
+        try:
+            import pandas as pd
+        except ImportError:
+            raise ImportError("`to_dataframe` needs pandas: pip install pandas") from None
+        return pd.DataFrame([layer.to_dict() for layer in self.layers], columns=list(self.total.to_dict()))
+
+    def __str__(self) -> str:
+        from rich.box import Box
+        from rich.console import Console
+
+        rules = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)  # as SIMPLE_HEAD, for any encoding
+        text = io.StringIO()
+        console = Console(file=text, width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
+        console.print(self._table(_COLUMNS, rules), *self._remarks(), sep="\n", markup=False, highlight=False)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def __rich_console__(self, console, options):
+        from rich.box import SIMPLE_HEAD
+        from rich.text import Text
+
+        wide = options.max_width >= _WIDTH
+        yield self._table(_COLUMNS if wide else _NARROW_COLUMNS, SIMPLE_HEAD)
+        yield from (Text(line, style="dim") for line in self._remarks())
+
+    def _repr_html_(self) -> str:
+        rows = [_cells(row).values() for row in (*self.layers, self.total)]
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows)
+        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+        remarks = "".join(f"<p>{html.escape(line)}</p>" for line in self._remarks())
+        caption = f"<caption>{html.escape(self.name)}</caption>"
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{remarks}"
+
+    def _table(self, columns, box):
+        from rich.table import Table
+        from rich.text import Text
+
+        rows, total = [_cells(layer) for layer in self.layers], _cells(self.total)
+        table = Table(title=Text(self.name), title_justify="left", box=box, show_footer=True, collapse_padding=True)
+        for name in columns:
+            shape: dict = {"justify": "right", "no_wrap": True}
+            if name in ("layer", "kind"):  # the others keep their figures whole, these two share what is left
+                shape = {"overflow": "fold", "min_width": min(12, max(len(row[name]) for row in [*rows, total]))}
+            table.add_column(name, footer=Text(total[name], style="bold"), **shape)
+        for layer, row in zip(self.layers, rows, strict=True):
+            table.add_row(*(Text(row[name], style="green" if layer.zeros else "") for name in columns))
+        return table
+
+    def _remarks(self) -> list[str]:
+        return [*self.notes, *_listing("skipped", self.skipped), *_listing("frozen", self.frozen)]
+
+
+def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
+    """Reports what a model holds and computes: parameters, zeros, bits, bytes and MACs of every layer.
+
+    The model is only read. MACs are those of one inference with a batch of one, counted from the shapes that the
+    layers are called with; biases, activations, normalisations and products outside of layers are not counted,
+    and a layer inside a loop that TensorFlow runs counts once. Quantization by Keras to 4 bits is reported as it is
+    stored, two values to a byte.
+
+    Args:
+        model: A built Keras model: Sequential, Functional, subclassed, nested.
+        input_shape: Shape of one example without the batch, as in `keras.Input(shape)`; for several inputs a list of
+            shapes, or a dict from the inputs' names to shapes. Only MACs depend on it. Needed where the model
+            leaves sizes open, such as the length of a text; by default the shape that the model was built with.
+
+    Returns:
+        A `CompressionReport`: print it, or use `.total`, `.layers`, `.to_dict()`, `.to_dataframe()`. Where MACs
+        cannot be counted they are None, and the report says why.
+
+    Raises:
+        TypeError: `model` is not a Keras model.
+        ValueError: The model is not built, or `input_shape` is not a shape or contradicts the model's inputs.
+
+    Example:
+
+    ```python
+    report = ks.summarize(model)
+    print(report)
+    report.total.sparsity, report.total.macs
+    ```
+    """
+    found = find_layers(model)
+    members = list(_members(model))
+    count = count_macs(model, [(path, layer) for path, layer, _ in members], input_shape)
+    stored = {id(weight): _Stored.measured(weight) for _, _, own in members for weight in own}
+    layers, counted = [], set()
+    for path, layer, own in members:
+        weights = [stored[id(weight)] for weight in own]
+        new = [weight for weight in weights if weight not in counted]
+        counted.update(new)
+        kernels = {name: stored[id(weight)] for name, weight in _kernels(layer) if id(weight) in stored}
+        macs = None if count.by_layer is None else count.by_layer.get(id(layer), {})
+        layers.append(_layer_report(path, type(layer).__name__, weights, new, kernels, macs))
+    return CompressionReport(model.name, layers, _total(layers), list(found.skipped), notes=_notes(found, count))
+
+
+def _members(model) -> Iterator[tuple[str, keras.Layer, list[Variable]]]:
+    """Every layer with weights of its own, once, in the model's order: its path, itself, those weights."""
+    seen = set()
+
+    def visit(layer, path):
+        row = _row(layer)
+        parts = [] if row is not None and row.whole else layer._layers
+        inherited = {id(weight) for part in parts for weight in part.weights}
+        own = [weight for weight in layer.weights if id(weight) not in inherited]
+        if own or mac_formula(layer):
+            yield path or model.name, layer, own
+        for part in parts:
+            if id(part) not in seen:
+                seen.add(id(part))
+                yield from visit(part, f"{path}/{part.name}" if path else part.name)
+
+    yield from visit(model, "")
+
+
+def _kernels(layer, part: bool = False) -> Iterator[tuple[str, Variable]]:
+    """The weights that the layer table names, those included that cannot be pruned: integers, shared ones."""
+    row = _row(layer)
+    if row is not None and not row.whole:
+        weights = ((name, _underlying(layer, name)) for name in row.weights)
+        yield from ((name, weight) for name, weight in weights if isinstance(weight, Variable))
+    elif row is not None or part:
+        for inner in layer._layers:
+            yield from ((f"{inner.name}/{name}", weight) for name, weight in _kernels(inner, part=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """What one variable holds."""
+
+    size: int
+    nonzeros: int
+    bits: int
+    dense_bytes: int
+    compressed_bytes: int
+
+    @classmethod
+    def measured(cls, variable) -> "_Stored":
+        values = read(variable).reshape(-1)
+        nonzeros = int(np.count_nonzero(values))
+        smallest = _compressed_bytes(values, nonzeros)
+        return cls(values.size, nonzeros, 8 * values.itemsize, values.nbytes, smallest)
+
+    @property
+    def density(self) -> float:
+        return self.nonzeros / self.size if self.size else 1.0
+
+
+def _compressed_bytes(values: np.ndarray, nonzeros: int) -> int:
+    """The smallest of dense, bit mask with nonzero values, and nonzero values with gaps of one byte."""
+    smallest = min(values.nbytes, -(-values.size // 8) + nonzeros * values.itemsize)
+    if nonzeros * (values.itemsize + 1) < smallest:
+        smallest = min(smallest, _gap_entries(values) * (values.itemsize + 1))
+    return smallest
+
+
+def _gap_entries(values: np.ndarray) -> int:
+    """An entry is a gap of up to 255 zeros and the value after it; longer gaps take entries whose value is zero."""
+    entries, last = 0, -1
+    for start in range(0, values.size, _CHUNK):
+        places = np.flatnonzero(values[start : start + _CHUNK]) + start
+        if places.size:
+            gaps = np.diff(places, prepend=last) - 1
+            entries += places.size + int(np.sum(gaps // 256))
+            last = int(places[-1])
+    return entries
+
+
+def _layer_report(path, kind, weights: list[_Stored], new: list[_Stored], kernels, macs) -> LayerReport:
+    """`new`: the weights that no layer before it has; `kernels`: the compressible weights by name."""
+    countable = [weight for weight in kernels.values() if weight in new]
+    return LayerReport(
+        path=path,
+        kind=kind,
+        parameters=sum(weight.size for weight in new),
+        compressible=sum(weight.size for weight in countable),
+        zeros=sum(weight.size - weight.nonzeros for weight in countable),
+        bits=_mean((weight.bits, weight.size) for weight in (kernels.values() or weights)),
+        dense_bytes=sum(weight.dense_bytes for weight in new),
+        compressed_bytes=sum(weight.compressed_bytes for weight in new),
+        macs=None if macs is None else round(sum(macs.values())),
+        effective_macs=None
+        if macs is None
+        else round(sum(n * (kernels[name].density if name in kernels else 1) for name, n in macs.items())),
+    )
+
+
+def _total(layers: list[LayerReport]) -> LayerReport:
+    sums: dict[str, Any] = {}
+    for name in ("parameters", "compressible", "zeros", "dense_bytes", "compressed_bytes", "macs", "effective_macs"):
+        values = [getattr(layer, name) for layer in layers]
+        sums[name] = None if None in values else sum(values)
+    bits = _mean((x.bits, x.compressible if sums["compressible"] else x.parameters) for x in layers)
+    return LayerReport(path="total", kind="", bits=bits, **sums)
+
+
+def _mean(weighted: Iterable[tuple[float, int]]) -> float:
+    weighted = list(weighted)
+    whole = sum(weight for _, weight in weighted)
+    mean = sum(value * weight for value, weight in weighted) / whole if whole else 0
+    return int(mean) if mean == int(mean) else round(mean, 2)
+
+
+def _notes(found, count: MacCount) -> list[str]:
+    if count.by_layer is None:
+        return [f"MACs not counted: {count.problem}"]
+    without = [entry.path for entry in found.layers if mac_formula(entry.layer) is None]
+    without += [path for path in found.unknown if path not in without]
+    notes = [f"no MAC formula: {_shortened(without)}"] if without else []
+    return notes + [f"MACs not counted: {path}: {reason}" for path, reason in count.failed]
+
+
+def _listing(title: str, entries: list[tuple[str, str]]) -> list[str]:
+    """One line for every reason, the first few."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in entries:
+        by_reason.setdefault(reason, []).append(path)
+    lines = [f"{title}: {_shortened(paths)}: {reason}" for reason, paths in by_reason.items()]
+    more = sum(len(paths) for paths in list(by_reason.values())[_LISTED:])
+    return lines[:_LISTED] + ([f"{title}: and {more} more"] if more else [])
+
+
+def _shortened(paths: list[str]) -> str:
+    more = len(paths) - _LISTED
+    return ", ".join(paths[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _cells(row: LayerReport) -> dict[str, str]:
+    """A row of the table by column."""
+    cells = (
+        row.path,
+        row.kind,
+        f"{row.parameters:,}",
+        f"{row.sparsity:.1%}" if row.compressible else "-",
+        f"{row.bits:g}",
+        _human_bytes(row.dense_bytes),
+        _human_bytes(row.compressed_bytes),
+        *("-" if macs is None else f"{macs:,}" for macs in (row.macs, row.effective_macs)),
+    )
+    return dict(zip(_COLUMNS, cells, strict=True))
+
+
+def _human_bytes(number: float) -> str:
+    if number < 1000:
+        return f"{number:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        number /= 1000
+        if number < 999.95 or unit == "GB":
+            break
+    return f"{number:,.1f} {unit}"

@@ -1,0 +1,379 @@
+"""Schedules: optimizer step -> sparsity. Pure: a schedule keeps no state and reads nothing.
+
+Times are an int, a number of optimizer steps counted from where `fit` began, or a float in [0, 1], a fraction
+of the steps that `fit` will run.
+"""
+
+import math
+import sys
+from typing import Any
+
+import keras
+
+UPDATES_BY_DEFAULT = 100
+"""At most this many updates are spread over a schedule's span unless `frequency` says otherwise."""
+
+
+class Schedule:
+    """Base class: a value that moves from `initial` at `begin` to `final` at `end`, and stays there.
+
+    A subclass says in `fraction_done` how far the value has moved at a fraction of the span.
+
+    Args:
+        final: Sparsity at `end` and after it, in [0, 1).
+        initial: Sparsity at `begin`, in [0, 1). Nothing is pruned before `begin`.
+        begin: Time of the first update; int steps or float fraction of the run.
+        end: Time of the last update, which always happens whatever `frequency` divides.
+        frequency: Steps between updates. None spreads about a hundred over the span.
+
+    Raises:
+        ValueError: a value outside its range, or `begin` after `end`.
+        TypeError: a value of the wrong type.
+    """
+
+    def __init__(
+        self,
+        final: float,
+        initial: float = 0.0,
+        begin: int | float = 0.0,
+        end: int | float = 0.75,
+        frequency: int | None = None,
+    ):
+        self.final = check_sparsity("final", final)
+        self.initial = check_sparsity("initial", initial)
+        self.begin = _check_time("begin", begin)
+        self.end = _check_time("end", end)
+        if type(self.begin) is type(self.end) and self.begin > self.end:
+            raise ValueError(_begin_after_end(begin, end))
+        if frequency is not None and (isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1):
+            raise ValueError(f"`frequency` must be None or a number of steps, at least 1. Received: {frequency!r}")
+        self.frequency = frequency
+
+    def __call__(self, step: int, total_steps: int | None = None) -> float:
+        """The value after `step` optimizer steps of a run of `total_steps`."""
+        begin, end = self.span(total_steps)
+        if step >= end:
+            return self.final
+        if step <= begin:
+            return self.initial
+        return self.initial + (self.final - self.initial) * self.fraction_done((step - begin) / (end - begin))
+
+    def fraction_done(self, position: float) -> float:
+        """How far the value has moved, 0 to 1, at a position 0 to 1 of the span."""
+        raise NotImplementedError
+
+    def span(self, total_steps: int | None = None) -> tuple[int, int]:
+        """`begin` and `end` in steps.
+
+        Raises:
+            ValueError: a time is a fraction and the number of steps is not known, or `begin` is after `end`.
+        """
+        begin, end = (_to_steps(time, total_steps) for time in (self.begin, self.end))
+        if begin > end:
+            raise ValueError(_begin_after_end(f"{self.begin!r} (step {begin})", f"{self.end!r} (step {end})"))
+        return begin, end
+
+    def last_update(self, step: int, total_steps: int | None = None) -> int | None:
+        """The latest update at or before `step`; None before the first."""
+        begin, end = self.span(total_steps)
+        if step < begin:
+            return None
+        if step >= end:
+            return end
+        every = self._every(begin, end)
+        return begin + (step - begin) // every * every
+
+    def next_update(self, step: int, total_steps: int | None = None) -> int | None:
+        """The first update after `step`; None when all are done."""
+        begin, end = self.span(total_steps)
+        if step < begin:
+            return begin
+        if step >= end:
+            return None
+        every = self._every(begin, end)
+        return min(begin + ((step - begin) // every + 1) * every, end)
+
+    def _every(self, begin: int, end: int) -> int:
+        return self.frequency or max(1, math.ceil((end - begin) / UPDATES_BY_DEFAULT))
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "final": self.final,
+            "initial": self.initial,
+            "begin": self.begin,
+            "end": self.end,
+            "frequency": self.frequency,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]):
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+@keras.saving.register_keras_serializable("keras_squeeze")
+class Constant(Schedule):
+    """`final` from `begin` on: one update, then the zeros stay where they are.
+
+    Args:
+        final: Sparsity, in [0, 1).
+        begin: Time of the one update.
+    """
+
+    def __init__(self, final: float, begin: int | float = 0.0):
+        super().__init__(final, initial=0.0, begin=begin, end=begin)
+
+    def get_config(self):
+        return {"final": self.final, "begin": self.begin}
+
+
+@keras.saving.register_keras_serializable("keras_squeeze")
+class PolynomialDecay(Schedule):
+    """Density decays as a polynomial; with `power=3` the schedule known as automated gradual pruning.
+
+    `initial + (final - initial) * (1 - (1 - p)**power)` at position p of the span: fast at first, when many
+    weights are redundant, and slower towards the end.
+
+    Args:
+        final: Sparsity at `end`, in [0, 1).
+        initial: Sparsity at `begin`, in [0, 1).
+        begin: Time of the first update; int steps or float fraction of the run.
+        end: Time of the last update. The default leaves the last quarter of the run to recover.
+        frequency: Steps between updates; None for about a hundred updates.
+        power: Positive exponent.
+
+    Reference: Zhu & Gupta 2017, "To prune, or not to prune", equation 1, https://arxiv.org/abs/1710.01878
+    """
+
+    def __init__(
+        self,
+        final: float,
+        initial: float = 0.0,
+        begin: int | float = 0.0,
+        end: int | float = 0.75,
+        frequency: int | None = None,
+        power: float = 3,
+    ):
+        super().__init__(final, initial, begin, end, frequency)
+        if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 < power < math.inf:
+            raise ValueError(f"`power` must be a positive number. Received: {power!r}")
+        self.power = power
+
+    def fraction_done(self, position):
+        return 1.0 - (1.0 - position) ** self.power
+
+    def get_config(self):
+        return {**super().get_config(), "power": self.power}
+
+
+@keras.saving.register_keras_serializable("keras_squeeze")
+class Cosine(Schedule):
+    """Half a cosine wave, `(1 - cos(pi * p)) / 2`: gentle at both ends."""
+
+    def fraction_done(self, position):
+        return (1.0 - math.cos(math.pi * position)) / 2.0
+
+
+@keras.saving.register_keras_serializable("keras_squeeze")
+class Exponential(Schedule):
+    """Density decays exponentially: every update removes the same share of the weights that are left."""
+
+    def fraction_done(self, position):
+        if self.final == self.initial:
+            return position
+        kept = (1.0 - self.final) / (1.0 - self.initial)
+        return (1.0 - kept**position) / (1.0 - kept)
+
+
+@keras.saving.register_keras_serializable("keras_squeeze")
+class OneCycle(Schedule):
+    """A logistic ramp: little at first, most of the pruning around 40 % of the span, then little again.
+
+    The published curve `(1 + exp(-14 + 6)) / (1 + exp(-14 p + 6))`, scaled to be exactly 0 and 1 at the ends.
+
+    Reference: Hubens et al. 2021, "One-Cycle Pruning", https://arxiv.org/abs/2107.02086
+    """
+
+    def fraction_done(self, position):
+        def logistic(p):
+            return 1.0 / (1.0 + math.exp(-14.0 * p + 6.0))
+
+        return (logistic(position) - logistic(0.0)) / (logistic(1.0) - logistic(0.0))
+
+
+@keras.saving.register_keras_serializable("keras_squeeze")
+class Steps(Schedule):
+    """Prune, train on, prune again: `num_steps` jumps, each of which removes the same share of what is left.
+
+    Args:
+        final: Sparsity after the last jump, which falls on `end`.
+        initial: Sparsity from `begin` until the first jump.
+        begin: Time from which the intervals between jumps count.
+        end: Time of the last jump.
+        num_steps: Number of jumps.
+
+    Reference: Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks",
+        section 3.4 (iterative pruning), https://arxiv.org/abs/1506.02626
+    """
+
+    def __init__(
+        self,
+        final: float,
+        initial: float = 0.0,
+        begin: int | float = 0.0,
+        end: int | float = 0.75,
+        num_steps: int = 5,
+    ):
+        super().__init__(final, initial, begin, end)
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"`num_steps` must be a number of jumps, at least 1. Received: {num_steps!r}")
+        self.num_steps = num_steps
+
+    def fraction_done(self, position):
+        done = math.floor(position * self.num_steps + 1e-9) / self.num_steps  # 0.29 * 100 is below 29
+        if self.final == self.initial:
+            return done
+        kept = (1.0 - self.final) / (1.0 - self.initial)
+        return (1.0 - kept**done) / (1.0 - kept)
+
+    def _jumps(self, total_steps):
+        begin, end = self.span(total_steps)
+        return [begin + math.ceil((end - begin) * jump / self.num_steps) for jump in range(self.num_steps + 1)]
+
+    def last_update(self, step, total_steps=None):
+        return max((jump for jump in self._jumps(total_steps) if jump <= step), default=None)
+
+    def next_update(self, step, total_steps=None):
+        return min((jump for jump in self._jumps(total_steps) if jump > step), default=None)
+
+    def get_config(self):
+        config = super().get_config()
+        del config["frequency"]
+        return {**config, "num_steps": self.num_steps}
+
+
+class TfmotSchedule(Schedule):
+    """A schedule of tensorflow-model-optimization, asked at the steps at which tfmot would ask it.
+
+    One difference: an update at its `end_step` always happens. tfmot skips it where `frequency` does not divide
+    the span, and then never reaches the final sparsity. An `end_step` of -1 means the end of the run.
+    """
+
+    def __init__(self, schedule):
+        missing = [name for name in ("begin_step", "end_step", "frequency") if not hasattr(schedule, name)]
+        if missing:
+            raise TypeError(
+                f"A tfmot schedule must have the attributes begin_step, end_step and frequency. {schedule!r} lacks: "
+                f"{', '.join(missing)}"
+            )
+        self.schedule = schedule
+        never_ends = schedule.end_step < 0
+        super().__init__(
+            final=_ask_tfmot(schedule, int(schedule.begin_step if never_ends else schedule.end_step)),
+            initial=_ask_tfmot(schedule, int(schedule.begin_step)),
+            begin=int(schedule.begin_step),
+            end=1.0 if never_ends else int(schedule.end_step),
+            frequency=int(schedule.frequency),
+        )
+
+    def __call__(self, step, total_steps=None):
+        begin, end = self.span(total_steps)
+        return _ask_tfmot(self.schedule, min(max(step, begin), end))
+
+    def span(self, total_steps=None):
+        if isinstance(self.end, float):
+            return self.begin, max(self.begin, total_steps or 0)
+        return self.begin, self.end
+
+    def get_config(self):
+        raise TypeError(
+            "A tfmot schedule is not serialised by this package; use one of keras_squeeze.schedules instead. "
+            f"Received: {self.schedule!r}"
+        )
+
+    def __repr__(self):
+        return f"TfmotSchedule({self.schedule!r})"
+
+
+def get(identifier) -> Schedule:
+    """Turns what a user may write for a schedule into a `Schedule`.
+
+    Args:
+        identifier: A `Schedule`; a number, the final sparsity, for `PolynomialDecay(number)`; the config that
+            `keras.saving.serialize_keras_object` made of a schedule; or a schedule object of
+            tensorflow-model-optimization.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: a number outside [0, 1).
+    """
+    if isinstance(identifier, Schedule):
+        return identifier
+    if isinstance(identifier, dict):
+        return keras.saving.deserialize_keras_object(identifier)
+    if isinstance(identifier, (int, float)) and not isinstance(identifier, bool):
+        return PolynomialDecay(check_sparsity("sparsity", identifier))
+    if _is_tfmot_schedule(identifier):
+        return TfmotSchedule(identifier)
+    raise TypeError(
+        "A schedule must be the final sparsity as a number in [0, 1), a schedule from keras_squeeze.schedules, or "
+        f"one of tensorflow-model-optimization. Received: {identifier!r}"
+    )
+
+
+def check_sparsity(name: str, value) -> float:
+    """Returns `value` as a float; an error that names the argument if it is not a number in [0, 1)."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"`{name}` must be a number in [0, 1). Received: {value!r}")
+    if not 0.0 <= value < 1.0:
+        hint = f" Sparsity is a fraction: for {value:g} % pass {value / 100:g}." if 1.0 <= value < 100 else ""
+        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value}.{hint}")
+    return float(value)
+
+
+def _check_time(name: str, value) -> int | float:
+    if isinstance(value, bool) or not (hasattr(value, "__index__") or isinstance(value, float)):
+        raise TypeError(
+            f"`{name}` must be an int (optimizer steps) or a float in [0, 1] (fraction of the run). Received: {value!r}"
+        )
+    if hasattr(value, "__index__"):
+        if value < 0:
+            raise ValueError(f"`{name}` must not be negative. Received: {name}={value}")
+        return int(value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"`{name}` as a float is a fraction of the run, in [0, 1]; optimizer steps are an int. "
+            f"Received: {name}={value}"
+        )
+    return float(value)
+
+
+def _to_steps(time: int | float, total_steps: int | None) -> int:
+    if isinstance(time, int):
+        return time
+    if time == 0.0:
+        return 0
+    if total_steps is None:
+        raise ValueError(
+            f"A time given as a fraction ({time}) needs the number of steps that will run, and this data has no "
+            "known length. Pass `steps_per_epoch` to `fit`, or give `begin` and `end` of the schedule as ints "
+            "(optimizer steps); in a custom loop, pass `total_steps` to `attach`."
+        )
+    return round(time * total_steps)
+
+
+def _begin_after_end(begin, end) -> str:
+    return f"A schedule must not begin after its end. Received: begin={begin}, end={end}"
+
+
+def _is_tfmot_schedule(value) -> bool:
+    """Looks tfmot up among the loaded modules: a user who passes its schedule has imported it."""
+    tfmot = sys.modules.get("tensorflow_model_optimization")
+    return tfmot is not None and isinstance(value, tfmot.sparsity.keras.PruningSchedule)
+
+
+def _ask_tfmot(schedule, step: int) -> float:
+    return float(schedule(step)[1])

@@ -1,0 +1,90 @@
+"""The demo, its picture, the command line and the examples."""
+
+import pathlib
+import subprocess
+import sys
+
+import keras
+import matplotlib
+import numpy as np
+import pytest
+from networks import count_zeros, small_convnet
+
+import keras_squeeze as ks
+from keras_squeeze import cli, demo, plots
+
+EXAMPLES = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.fixture
+def short_demo(monkeypatch):
+    monkeypatch.setattr(demo, "DENSE_EPOCHS", 2)
+    monkeypatch.setattr(demo, "PRUNING_EPOCHS", 3)
+
+
+def test_the_table_says_what_is_in_the_files(short_demo, tmp_path, capsys):
+    assert cli.main(["demo", "--output", str(tmp_path), "--seed", "1"]) == 0
+    printed = capsys.readouterr().out
+
+    _, (images, labels) = demo._digits(seed=1)
+    for name in ("dense", "pruned"):
+        model = keras.models.load_model(tmp_path / f"{name}.keras")
+        accuracy = (model.predict(images, verbose=0).argmax(-1) == labels).mean()
+        assert f"{accuracy:.1%}" in printed
+        assert f"{ks.summarize(model).total.compressed_bytes:,}" in printed
+    assert count_zeros(model) == pytest.approx(
+        0.9 * sum(w.numpy().size for w in model.weights if w.name == "kernel"), 1
+    )
+    assert f"{count_zeros(model):,}" in printed
+    assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_and_test_digits_are_apart():
+    (train, train_labels), (test, test_labels) = demo._digits(seed=0)
+    assert len(train) + len(test) == 1797
+    assert len(train_labels) == len(train)
+    assert len(test_labels) == len(test) == 500
+    together = np.concatenate([train, test]).reshape(1797, -1)
+    from sklearn.datasets import load_digits
+
+    expected = (load_digits().data / 16).astype("float32")
+    np.testing.assert_array_equal(np.unique(together, axis=0), np.unique(expected, axis=0))
+
+
+def test_every_stage_moves_its_progress_to_the_end(short_demo, tmp_path):
+    done = []
+    train, test = demo._digits(seed=0)
+    state = demo.Demo(tmp_path, train, test, on_epoch=done.append)
+    for _, stage in demo.STAGES:
+        assert isinstance(stage(state), str)
+        assert done == sorted(done)
+        assert done.pop() == 1.0
+        done.clear()
+
+
+def test_the_picture_shows_the_course_of_the_training(digits, tmp_path):
+    x, y = digits
+    history = small_convnet().fit(x, y, epochs=2, verbose=0, callbacks=[ks.MagnitudePruning(0.5)]).history
+    for suffix, start in {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}.items():
+        path = plots.plot_pruning(history, tmp_path / f"course.{suffix}", metric="accuracy", baseline=0.5)
+        assert path.read_bytes().startswith(start)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        svg = plots.plot_pruning(history, tmp_path / "text.svg", metric="accuracy", baseline=0.5).read_text()
+    assert all(f">{label}<" in svg for label in ("sparsity", "accuracy", "epoch", "before pruning"))
+    with pytest.raises(ValueError, match=r"lacks val_accuracy\. Received: accuracy, loss, sparsity"):
+        plots.plot_pruning(history, tmp_path / "course.png")
+
+
+def test_an_unknown_command_says_which_there_are(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["prunee"])
+    assert stopped.value.code == 2
+    assert "choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(example, tmp_path):
+    done = subprocess.run([sys.executable, str(example)], check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sparsity" in done.stdout
+    assert "| total" in done.stdout

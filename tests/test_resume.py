@@ -1,0 +1,56 @@
+"""Training that is killed and started again ends where an uninterrupted run ends."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from resumable_training import BATCHES_PER_EPOCH, EPOCHS, TARGET
+
+SCRIPT = pathlib.Path(__file__).with_name("resumable_training.py")
+
+
+def train(folder, save_freq, kill_after=0):
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, str(SCRIPT), str(folder), save_freq, str(kill_after)]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def finish(folder, save_freq):
+    done = train(folder, save_freq)
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "final.npz") as arrays:
+        return dict(arrays)
+
+
+def kill(folder, save_freq, after):
+    assert train(folder, save_freq, after).returncode == -signal.SIGKILL
+    assert not (folder / "final.npz").exists()
+
+
+def test_saved_every_epoch_the_masks_equal_those_of_an_uninterrupted_run(tmp_path):
+    whole = finish(tmp_path / "whole", "epoch")
+    kill(tmp_path / "killed", "epoch", after=2 * BATCHES_PER_EPOCH + 4)
+    resumed = finish(tmp_path / "killed", "epoch")
+
+    assert len(resumed["zeros"]) == (EPOCHS - 2) * BATCHES_PER_EPOCH
+    np.testing.assert_array_equal(resumed["zeros"], whole["zeros"][2 * BATCHES_PER_EPOCH :])
+    for name in set(whole) - {"zeros"}:
+        np.testing.assert_array_equal(resumed[name] != 0, whole[name] != 0, err_msg=name)
+        np.testing.assert_allclose(resumed[name], whole[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("killed_in_epoch", [0, 2])
+def test_saved_every_few_batches_the_zeros_are_kept_and_the_target_is_reached(tmp_path, killed_in_epoch):
+    kill(tmp_path / "killed", "5", after=killed_in_epoch * BATCHES_PER_EPOCH + 12)
+    resumed = finish(tmp_path / "killed", "5")
+
+    whole = finish(tmp_path / "whole", "5")
+    at_backup = whole["zeros"][killed_in_epoch * BATCHES_PER_EPOCH + 9]
+    assert resumed["zeros"][0] >= at_backup
+    np.testing.assert_array_equal(resumed["zeros"], np.sort(resumed["zeros"]))
+    for name in set(resumed) - {"zeros"}:
+        kernel = resumed[name]
+        assert (kernel == 0).sum() == kernel.size - round(kernel.size * (1 - TARGET)), name
