@@ -12,6 +12,7 @@ import tables
 from measuring import Bar, Estimate, advance, bars_table, in_turn, progress_bar, warn_if_busy
 from rich.console import Console
 
+LIMIT_MS = 200
 KERAS = "import keras"
 OURS = """
 import json, sys, time
@@ -87,10 +88,14 @@ def main() -> None:
         plain, ours = measure(args.repetitions, functools.partial(advance, progress, task))
     inside, packages = zip(*(json.loads(run.printed) for run in ours), strict=True)
     added = Estimate.of([len(names) for names in packages])
-    bar = Bar("packages imported that `import keras` had not imported already", 0, added, digits=0)
+    own_time = Estimate.of([1e3 * seconds for seconds in inside])
+    bars = [
+        Bar("`import keras_squeeze` by itself, ms", LIMIT_MS, own_time, digits=0),
+        Bar("packages imported that `import keras` had not imported already", 0, added, digits=0),
+    ]
     names = ", ".join(packages[-1]) or "none"
     note = f"Packages imported besides: {names}. {args.repetitions} interpreters of each kind. {tables.machine()}"
-    text = f"{full_table(plain, ours, list(inside))}\n\n{bars_table([bar])}\n\n{note}"
+    text = f"{full_table(plain, ours, list(inside))}\n\n{bars_table(bars)}\n\n{note}"
     console.print(text, soft_wrap=True, markup=False)
     if args.write:
         tables.write("import_time", text)

@@ -3,6 +3,7 @@
 A new criterion is one registered subclass of `Criterion`; its snake-case name is how users name it.
 """
 
+import contextlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -109,13 +110,14 @@ class GradientCriterion(Criterion):
     """Base class of the criteria that use the gradient of the loss on `data`.
 
     Args:
-        num_batches: Batches of `data` that every update averages the gradient over; None for all.
+        num_batches: Batches of `data` that every update averages the gradient over, at least 1; None for all.
     """
 
     needs_gradients = True
 
     def __init__(self, num_batches: int | None = 8):
-        if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
+        is_count = isinstance(num_batches, int) and not isinstance(num_batches, bool) and num_batches >= 1
+        if not (num_batches is None or is_count):
             raise ValueError(f"`num_batches` must be None or a number, at least 1. Received: {num_batches!r}")
         self.num_batches = num_batches
 
@@ -143,8 +145,6 @@ class SNIP(GradientCriterion):
         https://arxiv.org/abs/1810.02340
     """
 
-    zero_is_lowest = True
-
     def scores(self, weight, gradient=None, path=""):
         return np.abs(np.multiply(weight, gradient, dtype="float32"))
 
@@ -164,7 +164,9 @@ def get(identifier) -> Criterion:
     if isinstance(identifier, Criterion):
         return identifier
     if isinstance(identifier, dict):
-        return keras.saving.deserialize_keras_object(identifier)
+        found = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(found, Criterion):
+            return found
     if isinstance(identifier, str):
         if identifier not in _BY_NAME:
             raise ValueError(f"`criterion` must be one of {', '.join(map(repr, _BY_NAME))}. Received: {identifier!r}")
@@ -194,16 +196,31 @@ def loss_gradients(
     Raises:
         ValueError: the model is not compiled, `data` is missing or empty, or a variable does not affect the loss.
     """
-    import tensorflow as tf
-
     if not getattr(model, "compiled", False):
         raise ValueError(
             f"Model '{model.name}' is not compiled, and a gradient criterion needs its loss. Call "
             "`model.compile(optimizer, loss)` first."
         )
-    metrics = [(variable, np.array(read(variable))) for variable in model.metrics_variables]
+    with _metrics_left_as_found(model):
+        return _mean_gradients(model, variables, _batches(data, num_batches, batch_size))
+
+
+@contextlib.contextmanager
+def _metrics_left_as_found(model):
+    """Computing the loss of several outputs counts in the metrics of `fit`, and makes them where there were none."""
+    before = {id(variable): np.array(read(variable)) for variable in model.metrics_variables}
+    try:
+        yield
+    finally:
+        for variable in model.metrics_variables:
+            variable.assign(before.get(id(variable), np.zeros(variable.shape)))
+
+
+def _mean_gradients(model, variables, batches) -> list[np.ndarray]:
+    import tensorflow as tf
+
     sums, seen = [0.0] * len(variables), 0
-    for x, y, sample_weight in _batches(data, num_batches, batch_size):
+    for x, y, sample_weight in batches:
         with tf.GradientTape() as tape:
             watched = [variable.value for variable in variables]
             tape.watch(watched)
@@ -215,8 +232,6 @@ def loss_gradients(
         gradients = [np.asarray(tf.convert_to_tensor(g), dtype="float32") for g in gradients]
         sums = [total + gradient for total, gradient in zip(sums, gradients, strict=True)]
         seen += 1
-    for variable, value in metrics:  # computing the loss of several outputs counts in the metrics of `fit`
-        variable.assign(value)
     if not seen:
         raise ValueError("`data` is empty: a gradient criterion needs at least one batch.")
     return [np.asarray(total / seen, dtype="float32") for total in sums]
@@ -232,7 +247,7 @@ def _batches(data, num_batches, batch_size) -> Iterator[tuple]:
     if isinstance(data, (tuple, list)):
         data = tf.data.Dataset.from_tensor_slices(tuple(data)).batch(batch_size)
     elif isinstance(data, keras.utils.PyDataset):
-        data = (data[i] for i in range(len(data)))
+        data = map(data.__getitem__, range(len(data)))
     elif not isinstance(data, Iterable):
         raise TypeError(f"`data` must be arrays (x, y) or a dataset of batches. Received: {data!r}")
     for index, batch in enumerate(data):

@@ -21,6 +21,16 @@ TARGET_SPARSITY = 0.9
 DENSE_EPOCHS = 15
 PRUNING_EPOCHS = 25
 
+_HEADINGS = {
+    "parameters": "parameters",
+    "zeros": "zeros",
+    "dense_bytes": "bytes, dense",
+    "compressed_bytes": "bytes, compressed",
+    "gzip_bytes": "bytes, .keras file gzipped",
+    "macs": "MACs",
+    "effective_macs": "MACs, zeros left out",
+}
+
 
 @dataclass
 class Demo:
@@ -163,23 +173,23 @@ def _row(demo: Demo, name: str, model: keras.Model) -> dict:
     }
 
 
+def table_cells(rows: list[dict]) -> list[tuple[str, ...]]:
+    """The table as text, heading first: one column per model."""
+    cells = [("", *(row["model"] for row in rows))]
+    cells.append(("accuracy", *(f"{row['accuracy']:.1%}" for row in rows)))
+    for key, heading in _HEADINGS.items():
+        cells.append((heading, *(f"{row[key]:,}" for row in rows)))
+    return cells
+
+
 def _table(rows: list[dict]):
-    """One column per model."""
     from rich.table import Table
 
+    header, *body = table_cells(rows)
     table = Table(title="The digits network, before and after")
     table.add_column()
-    for row in rows:
-        table.add_column(row["model"], justify="right")
-    table.add_row("accuracy", *(f"{row['accuracy']:.1%}" for row in rows))
-    for key, heading in {
-        "parameters": "parameters",
-        "zeros": "zeros",
-        "dense_bytes": "bytes, dense",
-        "compressed_bytes": "bytes, compressed",
-        "gzip_bytes": "bytes, .keras file gzipped",
-        "macs": "MACs",
-        "effective_macs": "MACs, zeros left out",
-    }.items():
-        table.add_row(heading, *(f"{row[key]:,}" for row in rows))
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for cells in body:
+        table.add_row(*cells)
     return table

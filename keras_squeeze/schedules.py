@@ -5,6 +5,7 @@ of the steps that `fit` will run.
 """
 
 import math
+import numbers
 import sys
 from typing import Any
 
@@ -313,8 +314,10 @@ def get(identifier) -> Schedule:
     if isinstance(identifier, Schedule):
         return identifier
     if isinstance(identifier, dict):
-        return keras.saving.deserialize_keras_object(identifier)
-    if isinstance(identifier, (int, float)) and not isinstance(identifier, bool):
+        found = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(found, Schedule):
+            return found
+    if isinstance(identifier, numbers.Real) and not isinstance(identifier, bool):
         return PolynomialDecay(check_sparsity("sparsity", identifier))
     if _is_tfmot_schedule(identifier):
         return TfmotSchedule(identifier)

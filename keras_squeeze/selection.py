@@ -77,6 +77,7 @@ class _Row:
     weights: Mapping[str, int | Callable[[Any], int]]
     macs: mac_formulas.MacFormula | None = None
     whole: bool = False  # the weights are those of the layer's parts, which have rows themselves
+    registered: bool = False  # by a user, so that a weight which is not there is a mistake
 
 
 def _contracted_axis(layer) -> int:
@@ -158,7 +159,7 @@ def register_layer(
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"`weights` must be names of attributes of the layer. Received: {weights!r}")
     axes = weights if isinstance(weights, Mapping) else dict.fromkeys(names, -2)
-    _TABLE[layer_class] = _Row(dict(axes), macs)
+    _TABLE[layer_class] = _Row(dict(axes), macs, registered=True)
 
 
 def mac_formula(layer: keras.Layer) -> mac_formulas.MacFormula | None:
@@ -186,6 +187,7 @@ def find_layers(model: keras.Model) -> Selection:
             "`model.build(input_shape)`, or begin a Sequential model with `keras.Input(shape)`."
         )
     finder = _Finder()
+    finder.add(model, _row(model), model.name, ())
     finder.visit(model, "", ())
     return finder.selection()
 
@@ -237,7 +239,8 @@ def compile_patterns(patterns: Iterable[str]) -> list[re.Pattern]:
 
 def check_finite(weights: Iterable[CompressibleWeight]) -> None:
     """Raises a `ValueError` that names every weight with NaN or infinite values."""
-    bad = [w.path for w in weights if not np.isfinite(np.sum(read(w.variable), dtype="float64"))]
+    with np.errstate(invalid="ignore"):  # infinities of both signs add up to NaN
+        bad = [w.path for w in weights if not np.isfinite(np.sum(read(w.variable), dtype="float64"))]
     if bad:
         raise ValueError(
             f"Weights must be finite to be compared. NaN or infinite values in: {', '.join(bad)}. Load a sound "
@@ -284,14 +287,14 @@ class _Finder:
             row = _row(layer)
             if id(layer) not in self._seen_layers:
                 self._seen_layers.add(id(layer))
-                self._add(layer, row, f"{prefix}{layer.name}", parents)
+                self.add(layer, row, f"{prefix}{layer.name}", parents)
             elif id(layer) in self.found:
                 known = self.found[id(layer)]
                 self.found[id(layer)] = replace(known, parents=(*known.parents, *parents))
             if row is None or not row.whole:
                 self.visit(layer, f"{prefix}{layer.name}/", (*parents, layer))
 
-    def _add(self, layer, row: _Row | None, path: str, parents: tuple) -> None:
+    def add(self, layer, row: _Row | None, path: str, parents: tuple) -> None:
         weights = list(self._weights(layer, row, path, ""))
         if weights:
             self.found[id(layer)] = CompressibleLayer(path, layer, tuple(weights), parents)
@@ -313,6 +316,8 @@ class _Finder:
         else:
             for name, axis in row.weights.items():
                 variable = _underlying(layer, name)
+                if variable is None and row.registered:
+                    self.skipped.append((f"{path}/{prefix}{name}", f"{type(layer).__name__} has no such weight"))
                 if variable is None or id(variable) in self._seen_weights:
                     continue
                 self._seen_weights.add(id(variable))

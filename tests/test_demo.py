@@ -1,6 +1,7 @@
 """The demo, its picture, the command line and the examples."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -87,4 +88,4 @@ def test_examples_run(example, tmp_path):
     done = subprocess.run([sys.executable, str(example)], check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "sparsity" in done.stdout
-    assert "| total" in done.stdout
+    assert re.search(r"^\s+total ", done.stdout, re.MULTILINE)

@@ -17,7 +17,7 @@ def test_pruned_while_it_trains_and_saved_as_an_ordinary_model(digits, tmp_path,
     history = model.fit(
         x[:1500],
         y[:1500],
-        epochs=12,
+        epochs=25,
         verbose=2,
         callbacks=[ks.MagnitudePruning(0.9)],
         validation_data=(x[1500:], y[1500:]),

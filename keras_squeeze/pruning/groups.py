@@ -43,7 +43,7 @@ class PruningMethod:
         """Chooses the masks of weights that share a target.
 
         Raises:
-            FloatingPointError: a score is not a number.
+            FloatingPointError: scores are not finite; the message names every such weight.
         """
         gradients: Sequence[np.ndarray | None] = [None] * len(weights)
         if self.criterion.needs_gradients:
@@ -52,21 +52,27 @@ class PruningMethod:
         alive = None
         if not self.criterion.zero_is_lowest:
             alive = (read(weight.variable) != 0 for weight in weights)
-        return select_masks(
-            (self._scores(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True)),
+        bad: list[str] = []
+        masks = select_masks(
+            (self._scores(weight, gradient, bad) for weight, gradient in zip(weights, gradients, strict=True)),
             sparsity,
             allocation=self.allocation,
             pattern=self.pattern,
             input_axes=[weight.input_axis for weight in weights],
             alive=alive,
         )
+        if bad:
+            raise FloatingPointError(f"NaN or infinite scores of {', '.join(bad)}.")
+        return masks
 
-    def _scores(self, weight: CompressibleWeight, gradient: np.ndarray | None) -> np.ndarray:
+    def _scores(self, weight: CompressibleWeight, gradient: np.ndarray | None, bad: list[str]) -> np.ndarray:
+        """The scores of one weight; where they are not finite, its path goes to `bad`."""
         scores = self.criterion.scores(read(weight.variable), gradient, weight.path)
         flat = scores.reshape(-1)
         # The sum of squares is the fastest test for NaN and infinity, but it can overflow.
         if not np.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():
-            raise FloatingPointError(f"NaN or infinite scores of {weight.path}.")
+            bad.append(weight.path)
+            return np.zeros_like(scores)
         return scores
 
 

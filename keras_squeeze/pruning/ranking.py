@@ -69,14 +69,19 @@ def _nth_of(values: np.ndarray, n: int) -> tuple[np.float32, int, int]:
 def _bracket(arrays: Sequence[np.ndarray], total: int, n: int) -> tuple[np.float32, np.float32]:
     """Two values between which the n-th largest probably lies: four standard errors around a sample's quantile."""
     stride = max(1, total // _SAMPLE)
-    sample = np.sort(np.concatenate([array[stride // 2 :: stride] for array in arrays]))
+    parts, first = [], stride // 2
+    for array in arrays:  # as if they were one
+        parts.append(array[first::stride])
+        first = (first - array.size) % stride
+    sample = np.sort(np.concatenate(parts))
     share_below = 1 - n / total
     place = share_below * sample.size
     margin = 4 * math.sqrt(sample.size * share_below * (1 - share_below)) + 2
     low = sample[max(int(place - margin), 0)]
     high = sample[min(int(place + margin), sample.size - 1)]
     if low == sample[0]:  # most likely the zeros of what is pruned already: too many to gather, and none is it
-        low = np.nextafter(low, np.float32(np.inf))
+        with np.errstate(over="ignore"):  # infinity follows the largest float
+            low = np.nextafter(low, np.float32(np.inf))
     return low, high
 
 
