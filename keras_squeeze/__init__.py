@@ -1,8 +1,11 @@
 """Make Keras models really smaller and really faster, from inside `model.fit`."""
 
 from keras_squeeze import criteria, schedules
+from keras_squeeze.pruning.channel_rules import register_channel_rule
 from keras_squeeze.pruning.keep_sparsity import KeepSparsity
 from keras_squeeze.pruning.magnitude import MagnitudePruning, prune_weights
+from keras_squeeze.pruning.neuron import NeuronPruning, prune_neurons
+from keras_squeeze.pruning.shrinking import shrink
 from keras_squeeze.report import CompressionReport, summarize
 from keras_squeeze.selection import register_layer
 from keras_squeeze.training import AfterTarget
@@ -14,9 +17,13 @@ __all__ = [
     "CompressionReport",
     "KeepSparsity",
     "MagnitudePruning",
+    "NeuronPruning",
     "criteria",
+    "prune_neurons",
     "prune_weights",
+    "register_channel_rule",
     "register_layer",
     "schedules",
+    "shrink",
     "summarize",
 ]

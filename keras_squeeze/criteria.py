@@ -196,13 +196,12 @@ def loss_gradients(
     Raises:
         ValueError: the model is not compiled, `data` is missing or empty, or a variable does not affect the loss.
     """
-    if not getattr(model, "compiled", False):
-        raise ValueError(
-            f"Model '{model.name}' is not compiled, and a gradient criterion needs its loss. Call "
-            "`model.compile(optimizer, loss)` first."
-        )
-    with _metrics_left_as_found(model):
-        return _mean_gradients(model, variables, _batches(data, num_batches, batch_size))
+    sums: list[Any] = [0.0] * len(variables)
+    seen = 0
+    for gradients in batch_gradients(model, variables, data, num_batches=num_batches, batch_size=batch_size):
+        sums = [total + gradient for total, gradient in zip(sums, gradients, strict=True)]
+        seen += 1
+    return [np.asarray(total / seen, dtype="float32") for total in sums]
 
 
 @contextlib.contextmanager
@@ -216,28 +215,37 @@ def _metrics_left_as_found(model):
             variable.assign(before.get(id(variable), np.zeros(variable.shape)))
 
 
-def _mean_gradients(model, variables, batches) -> list[np.ndarray]:
+def batch_gradients(
+    model: keras.Model, variables: list, data, *, num_batches: int | None = 8, batch_size: int = 32
+) -> Iterator[list[np.ndarray]]:
+    """The gradients of `loss_gradients`, batch by batch."""
     import tensorflow as tf
 
-    sums, seen = [0.0] * len(variables), 0
-    for x, y, sample_weight in batches:
-        with tf.GradientTape() as tape:
-            watched = [variable.value for variable in variables]
-            tape.watch(watched)
-            loss = model.compute_loss(x, y, model(x, training=False), sample_weight)
-        gradients = tape.gradient(loss, watched)
-        unused = [v.path for v, gradient in zip(variables, gradients, strict=True) if gradient is None]
-        if unused:
-            raise ValueError(f"These weights do not affect the loss, so they have no gradient: {', '.join(unused)}")
-        gradients = [np.asarray(tf.convert_to_tensor(g), dtype="float32") for g in gradients]
-        sums = [total + gradient for total, gradient in zip(sums, gradients, strict=True)]
-        seen += 1
-    if not seen:
-        raise ValueError("`data` is empty: a gradient criterion needs at least one batch.")
-    return [np.asarray(total / seen, dtype="float32") for total in sums]
+    if not getattr(model, "compiled", False):
+        raise ValueError(
+            f"Model '{model.name}' is not compiled, and a gradient criterion needs its loss. Call "
+            "`model.compile(optimizer, loss)` first."
+        )
+    with _metrics_left_as_found(model):
+        for x, y, sample_weight in batches(data, num_batches, batch_size):
+            with tf.GradientTape() as tape:
+                watched = [variable.value for variable in variables]
+                tape.watch(watched)
+                loss = model.compute_loss(x, y, model(x, training=False), sample_weight)
+            gradients = tape.gradient(loss, watched)
+            unused = [v.path for v, gradient in zip(variables, gradients, strict=True) if gradient is None]
+            if unused:
+                raise ValueError(f"These weights do not affect the loss, so they have no gradient: {', '.join(unused)}")
+            yield [np.asarray(tf.convert_to_tensor(gradient), dtype="float32") for gradient in gradients]
 
 
-def _batches(data, num_batches, batch_size) -> Iterator[tuple]:
+def batches(data, num_batches: int | None, batch_size: int = 32) -> Iterator[tuple]:
+    """The first batches of a user's `data`, as `(x, y, sample_weight)`; y and sample_weight may be None.
+
+    Raises:
+        TypeError: `data` is neither arrays nor batches.
+        ValueError: it is empty.
+    """
     import tensorflow as tf
 
     if data is None:
@@ -250,7 +258,11 @@ def _batches(data, num_batches, batch_size) -> Iterator[tuple]:
         data = map(data.__getitem__, range(len(data)))
     elif not isinstance(data, Iterable):
         raise TypeError(f"`data` must be arrays (x, y) or a dataset of batches. Received: {data!r}")
+    empty = True
     for index, batch in enumerate(data):
         if num_batches is not None and index >= num_batches:
-            return
+            break
+        empty = False
         yield keras.utils.unpack_x_y_sample_weight(batch)
+    if empty:
+        raise ValueError("`data` is empty: a gradient criterion needs at least one batch.")

@@ -70,6 +70,7 @@ class CompressionReport:
         skipped: `(path, reason)` of layers with weights that cannot be compressed.
         frozen: `(path, reason)` of neurons that cannot be pruned.
         notes: What these numbers leave out, in sentences.
+        widths: `{layer path: (channels, channels that are not masked)}`, where neurons were pruned.
     """
 
     name: str
@@ -78,6 +79,7 @@ class CompressionReport:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     frozen: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """The report as dicts, lists, strings and numbers."""
@@ -88,6 +90,7 @@ class CompressionReport:
             "skipped": [list(entry) for entry in self.skipped],
             "frozen": [list(entry) for entry in self.frozen],
             "notes": list(self.notes),
+            "widths": {path: list(pair) for path, pair in self.widths.items()},
         }
 
     def to_json(self, **kwargs) -> str:
@@ -144,7 +147,9 @@ class CompressionReport:
         return table
 
     def _remarks(self) -> list[str]:
-        return [*self.notes, *_listing("skipped", self.skipped), *_listing("frozen", self.frozen)]
+        narrower = [f"{path} {before} -> {after}" for path, (before, after) in self.widths.items() if after < before]
+        pruned = [f"channels: {', '.join(narrower)}"] if narrower else []
+        return [*self.notes, *pruned, *_listing("skipped", self.skipped), *_listing("frozen", self.frozen)]
 
 
 def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:

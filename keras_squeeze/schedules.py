@@ -337,6 +337,25 @@ def check_sparsity(name: str, value) -> float:
     return float(value)
 
 
+def check_fires(schedule: Schedule, total_steps: int | None) -> None:
+    """Raises a `ValueError` where a schedule would not do anything in a run of so many steps.
+
+    Args:
+        schedule: Any schedule.
+        total_steps: Optimizer steps of the run; None where that is not known, and times are ints.
+    """
+    begin, end = schedule.span(total_steps)
+    if total_steps is None:
+        return
+    last = schedule.last_update(total_steps, total_steps)
+    if last is None or (schedule(last, total_steps) == 0 and schedule(end, total_steps) > 0):
+        raise ValueError(
+            f"Nothing would be pruned: the schedule goes from step {begin} to {end} (frequency {schedule.frequency}), "
+            f"and this run has {total_steps} steps. Received: {schedule!r}. Let it begin and end earlier, or give "
+            "times as fractions of the run; or train for more epochs."
+        )
+
+
 def _check_time(name: str, value) -> int | float:
     if isinstance(value, bool) or not (hasattr(value, "__index__") or isinstance(value, float)):
         raise TypeError(

@@ -92,16 +92,7 @@ class WeightGroup:
         check_finite(self.weights)
         for weight in self.weights:
             pattern.check(tuple(weight.variable.shape), weight.path)
-        begin, end = self.schedule.span(total_steps)
-        if total_steps is None:
-            return
-        last = self.schedule.last_update(total_steps, total_steps)
-        if last is None or (self.schedule(last, total_steps) == 0 and self.schedule(end, total_steps) > 0):
-            raise ValueError(
-                f"Nothing would be pruned: the schedule goes from step {begin} to {end} (frequency "
-                f"{self.schedule.frequency}), and this run has {total_steps} steps. Received: {self.schedule!r}. "
-                "Let it begin and end earlier, or give times as fractions of the run; or train for more epochs."
-            )
+        schedules.check_fires(self.schedule, total_steps)
 
     def due(self, step: int, total_steps: int | None) -> int | None:
         """The step of the update that has to be made now, if any; of several that were passed, the last."""

@@ -1,0 +1,226 @@
+"""The channel graph: which slices of which weights belong to one neuron.
+
+Every neuron of a model gets a number, and every tensor carries the numbers of its channels along one axis. The
+layers are then applied to the numbers: a `Concatenate` concatenates them, a `Flatten` repeats them, an `Add` says
+that two are the same neuron, a pooling layer passes them on. What a layer does is said by its rule
+(`channel_rules.py`); a layer without a rule freezes the neurons that enter it, so that what is not understood is not
+changed.
+
+Beside its number, every channel carries the constant that it provably is, or NaN. A neuron can be removed where all
+that its consumers see of it is a constant zero, or a constant that can be moved into their bias.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from keras_squeeze.selection import read
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """What is known of one tensor.
+
+    Attributes:
+        shape: Its shape, the batch included; None where a size is not known.
+        axis: The axis along which the neurons lie, counted from 0.
+        ids: int64 array, the neuron of each channel along that axis.
+        constants: float64 array, the value of each channel wherever it is the same at every position of every
+            example, else NaN.
+    """
+
+    shape: tuple[int | None, ...]
+    axis: int
+    ids: np.ndarray
+    constants: np.ndarray
+
+    def with_constants(self, constants) -> "Channels":
+        return replace(self, constants=np.asarray(constants, "float64"))
+
+    def unknown(self) -> "Channels":
+        """The same neurons, none of them constant."""
+        return self.with_constants(np.full(len(self.ids), np.nan))
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """Where neurons lie in a weight: entry `i` along `axis` belongs to neuron `ids[i]`.
+
+    `role` is `"output"` where the weight computes the neuron (zero it to mask the neuron), `"input"` where it reads
+    it, and `"parameter"` where it only accompanies it.
+    """
+
+    variable: Any
+    axis: int
+    ids: np.ndarray
+    role: str
+    path: str
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Constants that a layer adds up: `bias += constants @ kernel`, over the inputs that are removed."""
+
+    kernel: Any
+    in_axis: int
+    out_axis: int
+    bias: Any
+    ids: np.ndarray
+    constants: np.ndarray
+
+
+@dataclass(eq=False)
+class ChannelGraph:
+    """The neurons of a model. Rules call its methods; see `register_channel_rule`.
+
+    Attributes:
+        slices: Where neurons lie in weights.
+        sources: `(neurons, path)` of what computes neurons: the weights that `produce` was called with.
+        options: Per layer (by identity), the entries of its config that depend on which neurons there are: name ->
+            function from a boolean array over all ids (True: kept) to the value.
+        consumers: The layers that read neurons, and the channels that enter them.
+        inexact: Whether layers may be cut whose statistics change with the number of their channels.
+        assumed: Boolean per id: neurons taken to be masked. None: the weights are as they are.
+        inexact_layers: Paths of the layers that made use of `inexact`.
+        path, shapes, arguments: Of the call that the rule is for: where its layer stands in the model, the shapes of
+            its outputs, and its `(args, kwargs)`.
+    """
+
+    inexact: bool = False
+    assumed: np.ndarray | None = None
+    slices: dict[tuple[int, int], Slices] = field(default_factory=dict)
+    sources: dict[tuple[int, int], Slices] = field(default_factory=dict)
+    options: dict[int, dict[str, Callable[[np.ndarray], Any]]] = field(default_factory=dict)
+    consumers: list[tuple[Any, Channels]] = field(default_factory=list)
+    folds: list[Fold] = field(default_factory=list)
+    inexact_layers: list[str] = field(default_factory=list)
+    path: str = ""
+    shapes: list[tuple[int | None, ...]] = field(default_factory=list)
+    arguments: tuple[tuple, dict] = ((), {})
+    _count: int = 0
+    _same: list[np.ndarray] = field(default_factory=list)
+    _frozen: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    _blocked: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    _folded: dict[int, np.ndarray] = field(default_factory=dict)
+
+    # What a rule says.
+
+    def produce(self, weight, axis: int, shape) -> Channels:
+        """New neurons, one for each entry of a weight along an axis; they lie along the last axis of `shape`."""
+        axis %= len(weight.shape)
+        key = (id(weight), axis)
+        if key not in self.slices:
+            ids = self._new_ids(weight.shape[axis])
+            self.slices[key] = self.sources[key] = Slices(weight, axis, ids, "output", self.path)
+        ids = self.slices[key].ids
+        return Channels(tuple(shape), len(shape) - 1, ids, np.full(len(ids), np.nan))
+
+    def follow(self, weight, axis: int, ids: np.ndarray, role: str = "output") -> None:
+        """A weight has one entry for each of these neurons along an axis.
+
+        `role="output"`: a masked neuron's entries are zero there; `"parameter"`: they may be anything.
+        """
+        self._attach(weight, axis, ids, role)
+
+    def consume(self, layer, weight, axis: int, channels: Channels) -> None:
+        """A weight reads these channels along an axis."""
+        self._attach(weight, axis, channels.ids, "input")
+        self.consumers.append((layer, channels))
+
+    def require_constant(self, channels: Channels, zero: bool, reason: str) -> None:
+        """Only channels that are constant (and zero, if asked) may go from here; the others stay for `reason`."""
+        varying = np.isnan(channels.constants)
+        self._blocked.append((channels.ids[varying], "its output is not constant where it is read"))
+        if zero:
+            other = ~varying & (channels.constants != 0)
+            self._blocked.append((channels.ids[other], reason))
+
+    def fold(self, kernel, in_axis: int, out_axis: int, bias, channels: Channels) -> None:
+        """A layer's bias can take over the constants that it reads."""
+        constants = np.nan_to_num(channels.constants)
+        before = self._folded.setdefault(id(kernel), constants)
+        if before is constants:
+            self.folds.append(Fold(kernel, in_axis, out_axis, bias, channels.ids, constants))
+        else:
+            changed = before != constants
+            self._blocked.append((channels.ids[changed], f"{self.path} is shared and reads it as two constants"))
+
+    def unite(self, one: np.ndarray, other: np.ndarray) -> None:
+        """Two arrays of ids are the same neurons, one by one."""
+        different = one != other
+        self._same.append(np.stack([one[different], other[different]]))
+
+    def freeze(self, channels: Channels | np.ndarray, reason: str) -> None:
+        """These neurons stay."""
+        self._frozen.append((channels.ids if isinstance(channels, Channels) else channels, reason))
+
+    def opaque(self, shape, reason: str) -> Channels:
+        """The channels of a tensor of which nothing is known."""
+        size = (shape[-1] or 0) if len(shape) > 1 else 0
+        ids = self._new_ids(size)
+        self.freeze(ids, reason)
+        return Channels(tuple(shape), max(len(shape) - 1, 0), ids, np.full(size, np.nan))
+
+    def option(self, layer, name: str, value) -> None:
+        """An entry of a layer's config depends on the neurons: their number, or a function of those that are kept.
+
+        Args:
+            layer: The layer or operation.
+            name: The entry, such as `"units"`.
+            value: An array of ids, of which the entry is the number; or a function from a boolean array over all
+                ids (True: kept) to the entry.
+        """
+        function = value if callable(value) else (lambda kept, ids=value: int(np.count_nonzero(kept[ids])))
+        self.options.setdefault(id(layer), {})[name] = function
+
+    # What a rule may ask.
+
+    def value(self, weight, ids: np.ndarray | None = None) -> np.ndarray:
+        """A weight as float64; of masked neurons, if `ids` says which they are along its last axis, zero."""
+        values = np.asarray(read(weight), "float64")
+        if ids is not None and self.assumed is not None:
+            values = np.where(self.assumed[ids], 0.0, values)
+        return values
+
+    def is_masked(self, ids: np.ndarray) -> np.ndarray | None:
+        """Which neurons are taken to be masked; None where the weights themselves say it."""
+        return None if self.assumed is None else self.assumed[ids]
+
+    # What comes out.
+
+    def classes(self) -> np.ndarray:
+        """For each id the number of its neuron, from 0; ids that were united have the same."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        pairs = np.concatenate(self._same, axis=1) if self._same else np.zeros((2, 0), "int64")
+        edges = coo_array((np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])), shape=(self._count, self._count))
+        return connected_components(edges, directed=False)[1]
+
+    def frozen(self, classes: np.ndarray) -> dict[int, str]:
+        """`{neuron: reason}` of those that stay for what they are."""
+        return _first_reasons(self._frozen, classes)
+
+    def blocked(self, classes: np.ndarray) -> dict[int, str]:
+        """`{neuron: reason}` of those that stay for the values that are read of them."""
+        return _first_reasons(self._blocked, classes)
+
+    def _attach(self, weight, axis: int, ids: np.ndarray, role: str) -> None:
+        axis %= len(weight.shape)
+        known = self.slices.setdefault((id(weight), axis), Slices(weight, axis, ids, role, self.path))
+        if known.ids is not ids:
+            self.unite(known.ids, ids)
+
+    def _new_ids(self, count: int) -> np.ndarray:
+        self._count += count
+        return np.arange(self._count - count, self._count)
+
+
+def _first_reasons(entries: Iterable[tuple[np.ndarray, str]], classes: np.ndarray) -> dict[int, str]:
+    reasons: dict[int, str] = {}
+    for ids, reason in entries:
+        for neuron in np.unique(classes[ids]).tolist():
+            reasons.setdefault(neuron, reason)
+    return reasons

@@ -1,0 +1,99 @@
+"""Takes the channels of a model's inputs through its layers, and so builds the channel graph."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_squeeze.pruning.channel_rules import find_rule
+from keras_squeeze.pruning.channels import ChannelGraph, Channels
+
+
+def trace(model: keras.Model, *, inexact: bool = False, assumed: np.ndarray | None = None) -> ChannelGraph:
+    """Builds the channel graph of a Functional or Sequential model; nested ones are entered.
+
+    Args:
+        model: A built model.
+        inexact: See `ChannelGraph`.
+        assumed: See `ChannelGraph`; ids are the same in every trace of a model.
+
+    Raises:
+        TypeError: `model` is not a Keras model.
+        ValueError: the model has no graph: it is not built, or it is subclassed.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a `keras.Model`. Received: {model!r} of type {type(model).__name__}")
+    graph = ChannelGraph(inexact, assumed)
+    functional = functional_of(model)
+    if functional is None:
+        raise ValueError(_no_graph(model))
+    inputs = [graph.opaque(tensor.shape, "input of the model") for tensor in functional.inputs]
+    for channels in _run(functional, inputs, graph, ""):
+        graph.freeze(channels, "output of the model")
+    return graph
+
+
+def nodes_of(functional) -> Iterator[Any]:
+    """The calls of a functional model, each after those that it needs, without its inputs."""
+    for depth in sorted(functional._nodes_by_depth, reverse=True):
+        yield from (node for node in functional._nodes_by_depth[depth] if not node.is_input)
+
+
+def functional_of(layer):
+    """The functional model that a layer is or, if it is a Sequential model, has; else None."""
+    if isinstance(layer, keras.Sequential):
+        return layer._functional
+    return layer if isinstance(layer, keras.Model) and hasattr(layer, "_nodes_by_depth") else None
+
+
+def _run(functional, inputs: Sequence[Channels], graph: ChannelGraph, prefix: str) -> list[Channels]:
+    """Takes channels through a functional model; returns those of its outputs."""
+    known = {id(tensor): channels for tensor, channels in zip(functional.inputs, inputs, strict=True)}
+    for node in nodes_of(functional):
+        graph.path = f"{prefix}{node.operation.name}"
+        graph.arguments = node.arguments.args, node.arguments.kwargs
+        entering = [known[id(tensor)] for tensor in node.input_tensors]
+        shapes = [tensor.shape for tensor in node.output_tensors]
+        outputs = _call(node.operation, entering, shapes, graph)
+        known.update((id(tensor), channels) for tensor, channels in zip(node.output_tensors, outputs, strict=True))
+    return [known[id(tensor)] for tensor in functional.outputs]
+
+
+def _call(layer, inputs: Sequence[Channels], shapes: list, graph: ChannelGraph) -> list[Channels]:
+    """Takes channels through one call of a layer."""
+    inner = functional_of(layer)
+    if inner is not None:
+        return _run(inner, inputs, graph, f"{graph.path}/")
+    if isinstance(layer, keras.layers.TimeDistributed) and all(channels.axis > 1 for channels in inputs):
+        return _over_time(layer, inputs, shapes, graph)
+    graph.shapes = [tuple(shape) for shape in shapes]
+    rule = find_rule(layer)
+    if rule is None:
+        for channels in inputs:
+            graph.freeze(channels, f"read by {graph.path}: {type(layer).__name__} has no channel rule")
+        return [graph.opaque(shape, f"computed by {graph.path}, which has no channel rule") for shape in shapes]
+    outputs = rule(layer, list(inputs), graph)
+    return [outputs] if isinstance(outputs, Channels) else list(outputs)
+
+
+def _over_time(layer, inputs, shapes, graph) -> list[Channels]:
+    """Every time step goes through the wrapped layer, so the axis of time is left out of what its rule sees."""
+    steps = [replace(x, shape=(x.shape[0], *x.shape[2:]), axis=x.axis - 1) for x in inputs]
+    graph.path = f"{graph.path}/{layer.layer.name}"
+    outputs = _call(layer.layer, steps, [(shape[0], *shape[2:]) for shape in shapes], graph)
+    return [replace(y, shape=tuple(shape), axis=y.axis + 1) for y, shape in zip(outputs, shapes, strict=True)]
+
+
+def _no_graph(model) -> str:
+    if isinstance(model, keras.Sequential):
+        return (
+            f"Model '{model.name}' is not built, so it has no neurons yet. Begin it with `keras.Input(shape)`, call "
+            "`model.build(input_shape)`, or call it on a batch of data."
+        )
+    return (
+        f"Model '{model.name}' of class {type(model).__name__} is subclassed: Keras knows its layers, but not how they "
+        "are connected, so neurons cannot be removed from it. Build it with the functional API "
+        "(keras.Model(inputs, outputs)), or take its functional parts one by one."
+    )

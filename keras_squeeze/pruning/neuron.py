@@ -1,0 +1,349 @@
+"""Neuron pruning: whole neurons become zero, gradually while a model trains or in one shot; `shrink` removes them."""
+
+import warnings
+from dataclasses import dataclass, replace
+
+import keras
+import numpy as np
+
+from keras_squeeze import schedules
+from keras_squeeze.pruning import neuron_criteria
+from keras_squeeze.pruning.constraints import MaskConstraint, attach_masks, detach_masks
+from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
+from keras_squeeze.pruning.neurons import Neurons, Savings, widths
+from keras_squeeze.report import CompressionReport, summarize
+from keras_squeeze.selection import Layers, check_finite, read, select_layers
+from keras_squeeze.training import CompressionCallback
+
+ALLOCATIONS = ("global", "uniform")
+
+
+@dataclass(frozen=True)
+class Target:
+    """How small the model becomes: a fraction of its neurons, or a budget that it must fit.
+
+    Attributes:
+        kind: `"neurons"`, the fraction of the neurons to remove; `"macs"` or `"params"`, the fraction of the
+            multiply-accumulates or parameters to keep.
+        value: That fraction.
+    """
+
+    kind: str
+    value: float
+
+    @classmethod
+    def make(cls, fraction, target_macs, target_params) -> "Target":
+        given = {"neurons": fraction, "macs": target_macs, "params": target_params}
+        given = {kind: value for kind, value in given.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(
+                "Give one target: a fraction of the neurons to remove, `target_macs` or `target_params`. Received: "
+                f"fraction={fraction!r}, target_macs={target_macs!r}, target_params={target_params!r}"
+            )
+        ((kind, value),) = given.items()
+        if kind == "neurons":
+            return cls(kind, schedules.check_sparsity("fraction", value))
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
+            raise TypeError(f"`target_{kind}` must be a number in (0, 1]. Received: {value!r}")
+        if not 0.0 < value <= 1.0:
+            raise ValueError(f"`target_{kind}` is the fraction to keep, in (0, 1]. Received: target_{kind}={value}")
+        return cls(kind, float(value))
+
+    def at(self, progress: float) -> "Target":
+        """The target on the way there: 0 is the whole model, 1 the target itself."""
+        if self.kind == "neurons":
+            return replace(self, value=self.value * progress)
+        return replace(self, value=1.0 - (1.0 - self.value) * progress)
+
+
+class NeuronSelector:
+    """Which neurons of one model go for a target."""
+
+    def __init__(self, neurons: Neurons, target: Target, limits: Limits, allocation: str, criterion, data):
+        self.neurons = neurons
+        self._target, self._criterion, self._data = target, criterion, data
+        self._allocation = Allocation(neurons.groups, limits, allocation, neurons.count)
+        self._savings = Savings(neurons)
+        self._whole = self._left(np.zeros(neurons.count, bool))
+        self._check_reachable()
+
+    def select(self, progress: float) -> np.ndarray:
+        """Boolean per neuron: those that go at this fraction of the way; what is zero already goes first.
+
+        Raises:
+            FloatingPointError: scores are not finite.
+        """
+        scores = self._criterion.scores(self.neurons, self._data)
+        bad = [group.name for group in self.neurons.groups if not np.isfinite(scores[group.neurons]).all()]
+        if bad:
+            raise FloatingPointError(f"NaN or infinite scores of the neurons of {', '.join(bad)}.")
+        scores = np.where(self.neurons.dead(), -np.inf, scores)
+        target = self._target.at(progress)
+        if target.kind == "neurons":
+            wanted = target.value * self.neurons.prunable
+            return self._allocation.prune(
+                scores,
+                lambda pruned: bool(np.count_nonzero(pruned) >= wanted),
+                nearest=lambda pruned: abs(np.count_nonzero(pruned) - wanted),
+            )
+        return self._allocation.prune(scores, lambda pruned: self._left(pruned) <= target.value * self._whole)
+
+    def _left(self, pruned: np.ndarray) -> float:
+        parameters, macs = self._savings.left(pruned)
+        return macs if self._target.kind == "macs" else parameters
+
+    def _check_reachable(self) -> None:
+        if self._target.kind == "neurons":
+            return
+        name = f"target_{self._target.kind}"
+        if self._target.kind == "macs" and self._savings.problem:
+            raise ValueError(f"`target_macs` needs the MACs, which could not be counted: {self._savings.problem}")
+        smallest = self._left(self._allocation.most(np.zeros(self.neurons.count))) / max(self._whole, 1)
+        if smallest > self._target.value:
+            raise ValueError(
+                f"`{name}` cannot be met: the smallest that is reachable is {smallest:.3f}. Received: {name}="
+                f"{self._target.value}. Raise it or `max_layer_fraction`, lower `min_neurons` or `round_to`, or select "
+                "more layers."
+            )
+
+
+class NeuronPruning(CompressionCallback):
+    """Prunes whole neurons gradually while the model trains: units, filters, all that belongs to one output.
+
+    A masked neuron is zero in everything that computes it, so `keras_squeeze.shrink` can take it out afterwards: the
+    model is then smaller and faster on any hardware. `logs` gets `pruned_neurons`, the fraction of the neurons (that
+    can be pruned) which are masked.
+
+    Args:
+        schedule: The final fraction of the neurons to remove, in [0, 1), or a schedule from `keras_squeeze.schedules`.
+        target_macs: Instead: the fraction of the multiply-accumulates to keep, in (0, 1].
+        target_params: Instead: the fraction of the parameters to keep, in (0, 1].
+        layers: Which layers, as in `MagnitudePruning`. Neurons that a sum joins go only together, so all the layers
+            that compute them must be selected.
+        allocation: `"global"`: all neurons compete, by scores over the mean of their layer; `"uniform"`: every layer
+            loses the same share.
+        criterion: Which neurons go first: `"l2"`, `"l1"`, `"batch_norm_scale"`, `"geometric_median"`, `"random"`, or
+            with `data` `"taylor"`, `"apoz"`, `"mean_activation"`.
+        data: For the last three: `(x, y)` arrays or a `tf.data.Dataset` of batches.
+        round_to: Widths end at multiples of it, which runtimes compute faster, or stay as they are; 1 = any width.
+        min_neurons: Neurons that every layer keeps.
+        max_layer_fraction: The largest fraction of a layer's neurons that goes, in (0, 1].
+        allow_inexact: Prune neurons in front of a `LayerNormalization`, too. Its statistics change when they are
+            removed, so that the shrunk model predicts something else than the masked one: fine-tune it.
+
+    Raises:
+        ValueError, TypeError: an argument outside its range, at once; a model, data or budget that does not fit,
+            before the first batch. The message says what was received and how to mend it.
+
+    Example:
+
+    ```python
+    model.fit(x, y, epochs=10, callbacks=[ks.NeuronPruning(0.5)])
+    small = ks.shrink(model)
+    ```
+    """
+
+    def __init__(
+        self,
+        schedule=None,
+        *,
+        target_macs: float | None = None,
+        target_params: float | None = None,
+        layers: Layers = None,
+        allocation: str = "global",
+        criterion="l2",
+        data=None,
+        round_to: int = 8,
+        min_neurons: int = 1,
+        max_layer_fraction: float = 0.9,
+        allow_inexact: bool = False,
+    ):
+        super().__init__()
+        self.schedule = schedules.get(0.5 if schedule is None else schedule)
+        self.target = Target.make(None if schedule is None else self.schedule.final, target_macs, target_params)
+        self.layers = layers
+        self.limits = Limits(round_to, min_neurons, max_layer_fraction)
+        self.allocation = _check_allocation(allocation)
+        self.criterion, self.data = _check_criterion(criterion, data)
+        self.allow_inexact = allow_inexact
+        self._selector: NeuronSelector | None = None
+        self._constraints: dict[int, MaskConstraint] = {}
+        self._pruned = np.zeros(0, bool)
+        self._total_steps: int | None = None
+        self._done = -1
+        self._diverged = False
+
+    def attach(self, model, optimizer, total_steps=None):
+        neurons = _neurons(model, self.layers, self.allow_inexact, trainable_only=True)
+        selector = NeuronSelector(neurons, self.target, self.limits, self.allocation, self.criterion, self.data)
+        schedules.check_fires(self.schedule, total_steps)
+        _warn_of_frozen(model, neurons)
+        self._selector, self._total_steps = selector, total_steps
+        self._done, self._diverged, self._pruned = -1, False, np.zeros(neurons.count, bool)
+        masked = {id(v): v for v, _ in neurons.masks(self._pruned) if v.trainable}
+        attached = attach_masks(masked.values(), model, optimizer, self._run)
+        self._constraints = dict(zip(masked, attached, strict=True))
+
+    def update(self, step):
+        if self._selector is None:
+            return
+        due = self.schedule.last_update(step, self._total_steps)
+        if due is None or due <= self._done:
+            return
+        progress = self.schedule(due, self._total_steps) / self.schedule.final if self.schedule.final else 1.0
+        try:
+            pruned = self._selector.select(progress)
+        except FloatingPointError as error:
+            if not self._diverged:
+                warnings.warn(f"Not pruned at step {step}: {error} The zeros stay as they were.", stacklevel=2)
+            self._diverged = True
+            return
+        self._pruned, self._done = pruned, due
+        _apply(self._selector.neurons, pruned, self._constraints)
+
+    def detach(self):
+        detach_masks(self._constraints.values())
+        self._constraints, self._selector = {}, None
+
+    @property
+    def next_update(self):
+        return self.schedule.next_update(self._done, self._total_steps) if self._selector else None
+
+    @property
+    def reached(self):
+        return self.next_update is None
+
+    def progress(self):
+        whole = self._selector.neurons.prunable if self._selector else 0
+        return {"pruned_neurons": (int(np.count_nonzero(self._pruned)), max(whole, 1))}
+
+    def finish(self, step, verbose):
+        pruned, whole = self.progress()["pruned_neurons"]
+        assert self._selector is not None  # `fit` has begun
+        if np.count_nonzero(self._selector.neurons.dead() & self._pruned) < pruned:
+            warnings.warn(
+                "Neurons that were pruned are not zero: another callback put less pruned weights into the model after "
+                "the last step. Wrap it: keras_squeeze.AfterTarget(...).",
+                stacklevel=2,
+            )
+        elif not self.reached and not self._diverged:
+            warnings.warn(
+                f"Training ended at step {step}, before the end of the pruning schedule: {pruned:,} of {whole:,} "
+                "neurons are pruned. Train longer, or let the schedule end earlier.",
+                stacklevel=2,
+            )
+        if verbose:
+            print(
+                f"keras_squeeze: {pruned:,} of {whole:,} neurons are zero ({pruned / whole:.1%}). "
+                "keras_squeeze.shrink(model) takes them out."
+            )
+
+
+def prune_neurons(
+    model: keras.Model,
+    fraction: float | None = None,
+    *,
+    target_macs: float | None = None,
+    target_params: float | None = None,
+    layers: Layers = None,
+    allocation: str = "global",
+    criterion="l2",
+    data=None,
+    round_to: int = 8,
+    min_neurons: int = 1,
+    max_layer_fraction: float = 0.9,
+    allow_inexact: bool = False,
+) -> CompressionReport:
+    """Prunes whole neurons in one shot, in place and without training; `shrink` then removes them.
+
+    Train on to win accuracy back, or prune gradually with `NeuronPruning`, which loses less.
+
+    Args:
+        model: A built Functional or Sequential model.
+        fraction: Fraction of the neurons to remove, in [0, 1).
+        target_macs, target_params: Instead: the fraction of the MACs or parameters to keep, in (0, 1].
+        layers, allocation, criterion, data, round_to, min_neurons, max_layer_fraction, allow_inexact: As in
+            `NeuronPruning`; frozen layers are pruned, too.
+
+    Returns:
+        The report of the masked model: `.widths`, the channels of each layer before and after; `.frozen`, the layers
+        whose neurons could not be pruned, and why; `.notes`, what `shrink` will save.
+
+    Raises:
+        ValueError, TypeError: as in `NeuronPruning`; the model is then as it was.
+
+    Example:
+
+    ```python
+    print(ks.prune_neurons(model, target_macs=0.5))
+    small = ks.shrink(model)
+    ```
+    """
+    target = Target.make(fraction, target_macs, target_params)
+    limits = Limits(round_to, min_neurons, max_layer_fraction)
+    allocation = _check_allocation(allocation)
+    criterion, data = _check_criterion(criterion, data)
+    neurons = _neurons(model, layers, allow_inexact)
+    try:
+        pruned = NeuronSelector(neurons, target, limits, allocation, criterion, data).select(1.0)
+    except FloatingPointError as error:
+        raise ValueError(f"Nothing was pruned: {error} Check the weights, `data` and the loss.") from None
+    _apply(neurons, pruned, {})
+    return _report(neurons, pruned)
+
+
+def _neurons(model, layers, allow_inexact, trainable_only=False) -> Neurons:
+    neurons = Neurons(model, layers, inexact=allow_inexact, trainable_only=trainable_only)
+    check_finite(select_layers(model, layers, trainable_only=trainable_only).weights)
+    if not neurons.groups:
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in neurons.frozen[:10])
+        raise ValueError(f"Model '{model.name}' has no neuron that can be pruned. {reasons}.")
+    return neurons
+
+
+def _apply(neurons: Neurons, pruned: np.ndarray, constraints: dict[int, MaskConstraint]) -> None:
+    """Makes everything zero that computes these neurons."""
+    for variable, mask in neurons.masks(pruned):
+        constraint = constraints.get(id(variable))
+        if constraint is None:
+            variable.assign(np.where(mask, read(variable), 0))
+        else:
+            constraint.apply(mask)
+
+
+def _report(neurons: Neurons, pruned: np.ndarray) -> CompressionReport:
+    report = summarize(neurons.model)
+    savings = Savings(neurons)
+    (parameters, macs), (left, macs_left) = savings.left(np.zeros_like(pruned)), savings.left(pruned)
+    note = f"shrink(model) will leave {left:,} of {parameters:,} parameters"
+    report.notes.append(f"{note} and {macs_left:,} of {macs:,} MACs" if macs else note)
+    if neurons.graph.inexact_layers:
+        report.notes.append(f"inexact when shrunk: {', '.join(dict.fromkeys(neurons.graph.inexact_layers))}")
+    report.frozen = neurons.frozen
+    report.widths = widths(neurons.groups, pruned)
+    return report
+
+
+def _warn_of_frozen(model, neurons: Neurons) -> None:
+    without = [(path, reason) for path, reason in neurons.frozen if "has no channel rule" in reason]
+    if without:
+        warnings.warn(
+            f"Model '{model.name}': neurons that stay: {'; '.join(f'{path}: {why}' for path, why in without[:5])}. "
+            "keras_squeeze.register_channel_rule teaches a layer.",
+            stacklevel=3,
+        )
+
+
+def _check_allocation(allocation) -> str:
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"`allocation` must be one of {', '.join(map(repr, ALLOCATIONS))}. Received: {allocation!r}")
+    return allocation
+
+
+def _check_criterion(criterion, data):
+    criterion = neuron_criteria.get(criterion)
+    if criterion.needs_data and data is None:
+        raise ValueError(
+            f"Criterion {criterion!r} needs `data`: pass data=(x, y) or a dataset of batches. Received: data=None"
+        )
+    return criterion, data

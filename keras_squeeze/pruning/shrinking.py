@@ -1,0 +1,230 @@
+"""`shrink`: removes dead neurons physically. Fewer channels, the same function, an ordinary Keras model."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_squeeze.pruning.channels import ChannelGraph
+from keras_squeeze.pruning.labelling import functional_of, nodes_of, trace
+from keras_squeeze.selection import read
+
+
+def shrink(model: keras.Model) -> keras.Model:
+    """Removes the neurons whose output is provably constant, whoever made them so.
+
+    A neuron goes where everything that reads it sees a constant: zero, or a value that fits into the next bias. That
+    holds for the neurons that `NeuronPruning` and `prune_neurons` masked, and for those that died in training. What
+    the model predicts stays the same, to float rounding.
+
+    Args:
+        model: A built Functional or Sequential model. It stays as it is.
+
+    Returns:
+        A new model of the same class with the same layer names, input and output shapes, compiled like the old one,
+        the optimizer's state included, so that training goes on without a jump.
+
+    Raises:
+        TypeError: `model` is not a Keras model.
+        ValueError: it is not built, or subclassed.
+
+    Example:
+
+    ```python
+    ks.prune_neurons(model, 0.5)
+    small = ks.shrink(model)
+    ```
+    """
+    graph = trace(model)
+    classes = graph.classes()
+    kept = kept_ids(graph, classes)
+    small = _Rebuilder(graph, kept).rebuild(model)
+    _copy_weights(model, small, graph, kept)
+    _copy_compilation(model, small, graph, kept)
+    return small
+
+
+def kept_ids(graph: ChannelGraph, classes: np.ndarray) -> np.ndarray:
+    """Boolean array over the ids of a graph: False for what can be removed without changing the function.
+
+    Every weight keeps at least one entry along each axis.
+    """
+    alive = np.zeros(classes.max(initial=-1) + 1, bool)
+    for neurons in (graph.frozen(classes), graph.blocked(classes)):
+        alive[list(neurons)] = True
+    for slices in graph.slices.values():
+        neurons = classes[slices.ids]
+        if neurons.size and not alive[neurons].any():
+            alive[neurons[0]] = True
+    return alive[classes]
+
+
+class _Rebuilder:
+    """Builds a model anew, layer by layer, from edited configs."""
+
+    def __init__(self, graph: ChannelGraph, kept: np.ndarray):
+        self._graph = graph
+        self._kept = kept
+        self._made: dict[int, Any] = {}  # shared layers stay shared
+
+    def rebuild(self, model):
+        if isinstance(model, keras.Sequential):
+            return self._sequential(model)
+        made = {id(tensor): self._input(tensor) for tensor in model.inputs}
+        for node in nodes_of(model):
+            operation = self.layer(node.operation)
+            args, kwargs = node.arguments.fill_in(made)
+            args, kwargs = self._edited_arguments(node.operation, args, kwargs)
+            outputs = keras.tree.flatten(operation(*args, **kwargs))
+            made.update((id(old), new) for old, new in zip(node.output_tensors, outputs, strict=True))
+        inputs, outputs = (
+            keras.tree.map_structure(lambda tensor: made[id(tensor)], structure)
+            for structure in (model._inputs_struct, model._outputs_struct)
+        )
+        return _construct(type(model), inputs, outputs, model)
+
+    def layer(self, layer):
+        """The new layer for an old one, always the same."""
+        if id(layer) not in self._made:
+            self._made[id(layer)] = self._make(layer)
+        return self._made[id(layer)]
+
+    def _make(self, layer):
+        if functional_of(layer) is not None:
+            return self.rebuild(layer)
+        if isinstance(layer, keras.layers.Lambda):
+            return _same_lambda(layer)
+        config = layer.get_config()
+        if isinstance(layer, keras.layers.Wrapper) and id(layer.layer) in self._graph.options:
+            config["layer"] = keras.saving.serialize_keras_object(self.layer(layer.layer))
+        elif isinstance(layer, keras.layers.TimeDistributed) and functional_of(layer.layer) is not None:
+            return keras.layers.TimeDistributed(self.layer(layer.layer), name=layer.name, dtype=layer.dtype_policy)
+        for name, value in self._graph.options.get(id(layer), {}).items():
+            if name in config:
+                config[name] = value(self._kept)
+        return type(layer).from_config(config)
+
+    def _edited_arguments(self, operation, args, kwargs):
+        """Where an argument of a call depends on the neurons, such as the bounds of a slice."""
+        edits = self._graph.options.get(id(operation), {})
+        if not edits or isinstance(operation, keras.layers.Layer):
+            return args, kwargs
+        bound = inspect.signature(operation.call).bind(*args, **kwargs)
+        edits = {name: value for name, value in edits.items() if name in bound.arguments}
+        bound.arguments.update({name: value(self._kept) for name, value in edits.items()})
+        return bound.args, bound.kwargs
+
+    def _input(self, tensor):
+        layer = tensor._keras_history[0]
+        return type(layer).from_config(layer.get_config()).output
+
+    def _sequential(self, model):
+        small = type(model)(name=model.name)
+        for layer in model._layers:
+            is_input = isinstance(layer, keras.layers.InputLayer)
+            small.add(type(layer).from_config(layer.get_config()) if is_input else self.layer(layer))
+        small.trainable = model.trainable
+        return small
+
+
+def _construct(model_class, inputs, outputs, model):
+    """A subclass of `keras.Model` with a training step of its own stays one, if it is made like a `Model`."""
+    parameters = inspect.signature(model_class.__init__).parameters
+    takes_tensors = {"inputs", "outputs"} <= parameters.keys() or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+    if not takes_tensors:
+        model_class = keras.Model
+    small = model_class(inputs=inputs, outputs=outputs, name=model.name)
+    small.trainable = model.trainable
+    return small
+
+
+def _same_lambda(layer):
+    """A function in Python does not survive its config; the new layer gets the very same one."""
+    small = keras.layers.Lambda(
+        layer.function,
+        output_shape=layer._output_shape,
+        mask=layer.mask,
+        arguments=layer.arguments,
+        name=layer.name,
+        dtype=layer.dtype_policy,
+    )
+    small.trainable = layer.trainable
+    return small
+
+
+# Weights.
+
+
+def _copy_weights(model, small, graph: ChannelGraph, kept: np.ndarray) -> None:
+    pairs = list(zip(model.variables, small.variables, strict=True))
+    values = {id(old): _sliced(old, np.asarray(read(old)), graph, kept) for old, _ in pairs}
+    for fold in graph.folds:
+        constants = np.where(kept[fold.ids], 0.0, fold.constants)
+        if constants.any():
+            kernel = np.moveaxis(graph.value(fold.kernel), (fold.in_axis, fold.out_axis), (-2, -1))
+            shift = np.einsum("kio,i->o", kernel.reshape(-1, *kernel.shape[-2:]), constants)
+            values[id(fold.bias)] = values[id(fold.bias)] + _sliced(fold.bias, shift, graph, kept)
+    for old, new in pairs:
+        if values[id(old)].shape != tuple(new.shape):
+            raise RuntimeError(
+                f"{old.path} should shrink to {values[id(old)].shape}, but its layer made {tuple(new.shape)}: the "
+                "channel rule of its layer does not say which entry of its config depends on the neurons."
+            )
+        new.assign(values[id(old)].astype(old.dtype))
+
+
+def _sliced(variable, values: np.ndarray, graph: ChannelGraph, kept: np.ndarray) -> np.ndarray:
+    for axis in range(values.ndim):
+        slices = graph.slices.get((id(variable), axis))
+        if slices is not None:
+            values = np.compress(kept[slices.ids], values, axis=axis)
+    return values
+
+
+# Compilation.
+
+
+def _copy_compilation(model, small, graph: ChannelGraph, kept: np.ndarray) -> None:
+    """Compiles the new model like the old one, with the state of its optimizer."""
+    if not getattr(model, "compiled", False) or model._compile_config is None:
+        return
+    config = {name: _fresh(value) for name, value in model._compile_config.config.items()}
+    old, new = model.optimizer, type(model.optimizer).from_config(model.optimizer.get_config())
+    small.compile(**{**config, "optimizer": new})
+    if not old.built:
+        return
+    new.build(small.trainable_variables)
+    shape_of = _slots(old, model.trainable_variables)
+    for source, target in zip(old.variables, new.variables, strict=True):
+        value = np.asarray(read(source))
+        variable = shape_of.get(id(source))
+        if variable is not None and value.shape == tuple(variable.shape):
+            value = _sliced(variable, value, graph, kept)
+        if value.shape == tuple(target.shape):  # others, such as row and column averages, begin anew
+            target.assign(value)
+
+
+def _slots(optimizer, variables: Sequence) -> dict[int, Any]:
+    """The trainable variable that each of an optimizer's variables belongs to, by the identity of the latter."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    variables = getattr(optimizer, "_trainable_variables", variables)
+    found: dict[int, Any] = {}
+    for slots in vars(optimizer).values():
+        if isinstance(slots, list) and len(slots) == len(variables):
+            found.update((id(slot), variable) for slot, variable in zip(slots, variables, strict=True))
+    return found
+
+
+def _fresh(value):
+    """Metrics count, so that two models need two of them; a loss or a function may serve both."""
+    if isinstance(value, keras.metrics.Metric):
+        return type(value).from_config(value.get_config())
+    if isinstance(value, dict):
+        return {name: _fresh(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_fresh(part) for part in value]
+    return value
