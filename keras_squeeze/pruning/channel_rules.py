@@ -111,7 +111,8 @@ def einsum_dense(layer, inputs, graph):
     in_axis, out_axis = kernel_letters.index(letter), kernel_letters.index(new[0])
     kernel = _underlying(layer, "kernel")
     output = _contract(layer, graph, x, kernel, in_axis, out_axis, layer.bias, graph.shapes[0], folds=True)
-    graph.option(layer, "output_shape", lambda kept: _last_size(layer.get_config()["output_shape"], kept[output.ids]))
+    shape = layer.get_config()["output_shape"]
+    graph.option(layer, "output_shape", output.ids, lambda kept: _last_size(shape, kept))
     return _activated(layer, output, graph)
 
 
@@ -200,8 +201,8 @@ def batch_normalization(layer, inputs, graph):
     return x.with_constants(constants)
 
 
-@_rule_for("LayerNormalization")
-def layer_normalization(layer, inputs, graph):
+@_rule_for("LayerNormalization", "RMSNormalization")
+def normalization_over_channels(layer, inputs, graph):
     (x,) = inputs
     axes = [axis % len(x.shape) for axis in np.atleast_1d(layer.axis)]
     if axes != [x.axis]:
@@ -342,12 +343,14 @@ def _grouped(layer, graph, x: Channels, kernel, bias, shape) -> Channels:
 def _scaled_and_shifted(layer, x: Channels, graph) -> Channels:
     """A normalisation's gamma and beta, after what it does to the values."""
     constants = x.constants
-    if layer.gamma is not None:
-        graph.follow(layer.gamma, 0, x.ids)
-        constants = np.where(graph.value(layer.gamma, x.ids) == 0, 0.0, np.where(constants == 0, 0.0, np.nan))
-    if layer.beta is not None:
-        graph.follow(layer.beta, 0, x.ids)
-        constants = constants + graph.value(layer.beta, x.ids)
+    gamma = layer.gamma if hasattr(layer, "gamma") else layer.scale
+    if gamma is not None:
+        graph.follow(gamma, 0, x.ids)
+        constants = np.where(graph.value(gamma, x.ids) == 0, 0.0, constants)
+    beta = getattr(layer, "beta", None)
+    if beta is not None:
+        graph.follow(beta, 0, x.ids)
+        constants = constants + graph.value(beta, x.ids)
     return x.with_constants(constants)
 
 

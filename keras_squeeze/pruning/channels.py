@@ -78,24 +78,29 @@ class ChannelGraph:
     Attributes:
         slices: Where neurons lie in weights.
         sources: `(neurons, path)` of what computes neurons: the weights that `produce` was called with.
-        options: Per layer (by identity), the entries of its config that depend on which neurons there are: name ->
-            function from a boolean array over all ids (True: kept) to the value.
+        options: Per layer (by identity), what depends on which neurons there are: name of an entry of its config or
+            an argument of its call -> the neurons, and a function from a boolean array (True: kept) to the value.
+        inputs: Per input tensor of a nested model (by identity), the channels that enter there.
         consumers: The layers that read neurons, and the channels that enter them.
         inexact: Whether layers may be cut whose statistics change with the number of their channels.
         assumed: Boolean per id: neurons taken to be masked. None: the weights are as they are.
         inexact_layers: Paths of the layers that made use of `inexact`.
-        path, shapes, arguments: Of the call that the rule is for: where its layer stands in the model, the shapes of
-            its outputs, and its `(args, kwargs)`.
+        droppable: Per call (by identity of its node), the inputs of a sum that are zero throughout.
+        node, path, shapes, arguments: Of the call that the rule is for: its node in the graph, where its layer stands in
+            the model, the shapes of its outputs, and its `(args, kwargs)`.
     """
 
     inexact: bool = False
     assumed: np.ndarray | None = None
     slices: dict[tuple[int, int], Slices] = field(default_factory=dict)
     sources: dict[tuple[int, int], Slices] = field(default_factory=dict)
-    options: dict[int, dict[str, Callable[[np.ndarray], Any]]] = field(default_factory=dict)
+    options: dict[int, dict[str, tuple[np.ndarray, Callable[[np.ndarray], Any]]]] = field(default_factory=dict)
+    inputs: dict[int, Channels] = field(default_factory=dict)
     consumers: list[tuple[Any, Channels]] = field(default_factory=list)
     folds: list[Fold] = field(default_factory=list)
     inexact_layers: list[str] = field(default_factory=list)
+    droppable: dict[int, list[int]] = field(default_factory=dict)
+    node: Any = None
     path: str = ""
     shapes: list[tuple[int | None, ...]] = field(default_factory=list)
     arguments: tuple[tuple, dict] = ((), {})
@@ -163,17 +168,31 @@ class ChannelGraph:
         self.freeze(ids, reason)
         return Channels(tuple(shape), max(len(shape) - 1, 0), ids, np.full(size, np.nan))
 
-    def option(self, layer, name: str, value) -> None:
-        """An entry of a layer's config depends on the neurons: their number, or a function of those that are kept.
+    def option(self, layer, name: str, ids: np.ndarray, make: Callable[[np.ndarray], Any] | None = None) -> None:
+        """An entry of a layer's config, or an argument of its call, depends on which of these neurons are kept.
 
         Args:
             layer: The layer or operation.
             name: The entry, such as `"units"`.
-            value: An array of ids, of which the entry is the number; or a function from a boolean array over all
-                ids (True: kept) to the entry.
+            ids: The neurons.
+            make: Function from a boolean array over `ids` (True: kept) to the entry; None: it is their number.
         """
-        function = value if callable(value) else (lambda kept, ids=value: int(np.count_nonzero(kept[ids])))
-        self.options.setdefault(id(layer), {})[name] = function
+        options = self.options.setdefault(id(layer), {})
+        if name in options:  # called once more
+            self.unite(options[name][0], ids)
+        else:
+            options[name] = ids, make or (lambda kept: int(np.count_nonzero(kept)))
+
+    def enter(self, tensor, channels: Channels) -> Channels:
+        """These channels enter a nested model by one of its inputs; all calls of it share one width."""
+        known = self.inputs.setdefault(id(tensor), channels)
+        if known is not channels:
+            if known.axis == channels.axis:
+                self.unite(known.ids, channels.ids)
+            else:
+                self.freeze(known, f"{self.path} is called with it along two axes")
+                self.freeze(channels, f"{self.path} is called with it along two axes")
+        return channels
 
     # What a rule may ask.
 

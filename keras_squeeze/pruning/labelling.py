@@ -52,7 +52,7 @@ def _run(functional, inputs: Sequence[Channels], graph: ChannelGraph, prefix: st
     """Takes channels through a functional model; returns those of its outputs."""
     known = {id(tensor): channels for tensor, channels in zip(functional.inputs, inputs, strict=True)}
     for node in nodes_of(functional):
-        graph.path = f"{prefix}{node.operation.name}"
+        graph.node, graph.path = node, f"{prefix}{node.operation.name}"
         graph.arguments = node.arguments.args, node.arguments.kwargs
         entering = [known[id(tensor)] for tensor in node.input_tensors]
         shapes = [tensor.shape for tensor in node.output_tensors]
@@ -65,7 +65,8 @@ def _call(layer, inputs: Sequence[Channels], shapes: list, graph: ChannelGraph) 
     """Takes channels through one call of a layer."""
     inner = functional_of(layer)
     if inner is not None:
-        return _run(inner, inputs, graph, f"{graph.path}/")
+        entering = [graph.enter(tensor, channels) for tensor, channels in zip(inner.inputs, inputs, strict=True)]
+        return _run(inner, entering, graph, f"{graph.path}/")
     if isinstance(layer, keras.layers.TimeDistributed) and all(channels.axis > 1 for channels in inputs):
         return _over_time(layer, inputs, shapes, graph)
     graph.shapes = [tuple(shape) for shape in shapes]

@@ -211,7 +211,8 @@ def _reshaped(layer, x, option, target, first, graph):
         graph.option(
             layer,
             option,
-            lambda kept: [int(np.count_nonzero(kept[output.ids])) if i == place else n for i, n in enumerate(target)],
+            output.ids,
+            lambda kept: [int(np.count_nonzero(kept)) if i == place else size for i, size in enumerate(target)],
         )
     return output
 
@@ -293,8 +294,19 @@ _MERGES = {
 
 @_rule_for(*_MERGES)
 def merge(layer, inputs, graph):
-    function, zero = _MERGES[next(base.__name__ for base in type(layer).__mro__ if base.__name__ in _MERGES)]
+    name = next(base.__name__ for base in type(layer).__mro__ if base.__name__ in _MERGES)
+    function, zero = _MERGES[name]
+    if name == "Add":
+        _note_zero_branches(inputs, graph)
     return _joined(layer, inputs, lambda constants: _where_zero(zero)(function, constants), graph)
+
+
+def _note_zero_branches(inputs, graph: ChannelGraph) -> None:
+    """A branch that is zero throughout can be left out of a sum, if what is left has the sum's shape."""
+    zero = [i for i, x in enumerate(inputs) if len(x.ids) and not np.any(x.constants != 0)]
+    left = [x for i, x in enumerate(inputs) if i not in zero]
+    if zero and left and all(tuple(x.shape) == graph.shapes[0] for x in left):
+        graph.droppable[id(graph.node)] = zero
 
 
 @_rule_for("Add", "Subtract", "Multiply", "Maximum", "Minimum", module=operations)
@@ -379,7 +391,8 @@ def split(operation, inputs, graph):
     graph.option(
         operation,
         "indices_or_sections",
-        lambda kept: tuple(int(np.count_nonzero(kept[x.ids[:place]])) for place in places),
+        x.ids,
+        lambda kept: tuple(int(np.count_nonzero(kept[:place])) for place in places),
     )
     return [
         Channels(shape, x.axis, x.ids[part], x.constants[part]) for shape, part in zip(graph.shapes, parts, strict=True)
@@ -405,10 +418,10 @@ def get_item(operation, inputs, graph):
     if key[x.axis] != slice(None):
 
         def moved(kept):
-            before = [int(np.count_nonzero(kept[x.ids[:end]])) for end in (start, stop)]
+            before = [int(np.count_nonzero(kept[:end])) for end in (start, stop)]
             return tuple(slice(*before) if axis == x.axis else part for axis, part in enumerate(key))
 
-        graph.option(operation, "key", moved)
+        graph.option(operation, "key", x.ids, moved)
     axis = x.axis - sum(isinstance(part, int) for part in key[: x.axis])
     return Channels(graph.shapes[0], axis, x.ids[start:stop], x.constants[start:stop])
 

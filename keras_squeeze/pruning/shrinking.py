@@ -1,7 +1,6 @@
 """`shrink`: removes dead neurons physically. Fewer channels, the same function, an ordinary Keras model."""
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -9,7 +8,7 @@ import numpy as np
 
 from keras_squeeze.pruning.channels import ChannelGraph
 from keras_squeeze.pruning.labelling import functional_of, nodes_of, trace
-from keras_squeeze.selection import read
+from keras_squeeze.selection import Variable, read
 
 
 def shrink(model: keras.Model) -> keras.Model:
@@ -40,9 +39,11 @@ def shrink(model: keras.Model) -> keras.Model:
     graph = trace(model)
     classes = graph.classes()
     kept = kept_ids(graph, classes)
-    small = _Rebuilder(graph, kept).rebuild(model)
-    _copy_weights(model, small, graph, kept)
-    _copy_compilation(model, small, graph, kept)
+    rebuilder = _Rebuilder(graph, kept)
+    small = rebuilder.rebuild(model)
+    pairs = rebuilder.variables()
+    _copy_weights(pairs, graph, kept)
+    _copy_compilation(model, small, {id(old): new for old, new in pairs}, graph, kept)
     return small
 
 
@@ -67,17 +68,19 @@ class _Rebuilder:
     def __init__(self, graph: ChannelGraph, kept: np.ndarray):
         self._graph = graph
         self._kept = kept
-        self._made: dict[int, Any] = {}  # shared layers stay shared
+        self._made: dict[int, tuple[Any, Any]] = {}  # old and new; shared layers stay shared
 
     def rebuild(self, model):
         if isinstance(model, keras.Sequential):
             return self._sequential(model)
-        made = {id(tensor): self._input(tensor) for tensor in model.inputs}
+        made = {id(tensor): self._input(tensor).output for tensor in model.inputs}
         for node in nodes_of(model):
-            operation = self.layer(node.operation)
-            args, kwargs = node.arguments.fill_in(made)
-            args, kwargs = self._edited_arguments(node.operation, args, kwargs)
-            outputs = keras.tree.flatten(operation(*args, **kwargs))
+            if id(node) in self._graph.droppable:
+                outputs = [self._shorter_sum(node, made)]
+            else:
+                args, kwargs = node.arguments.fill_in(made)
+                args, kwargs = self._edited_arguments(node.operation, args, kwargs)
+                outputs = keras.tree.flatten(self.layer(node.operation)(*args, **kwargs))
             made.update((id(old), new) for old, new in zip(node.output_tensors, outputs, strict=True))
         inputs, outputs = (
             keras.tree.map_structure(lambda tensor: made[id(tensor)], structure)
@@ -88,8 +91,24 @@ class _Rebuilder:
     def layer(self, layer):
         """The new layer for an old one, always the same."""
         if id(layer) not in self._made:
-            self._made[id(layer)] = self._make(layer)
-        return self._made[id(layer)]
+            self._made[id(layer)] = layer, self._make(layer)
+        return self._made[id(layer)][1]
+
+    def variables(self) -> list[tuple[Any, Any]]:
+        """Every variable of the old model beside that of the new one."""
+        pairs = {}
+        for old, new in self._made.values():
+            if isinstance(old, keras.Layer) and new.built and functional_of(old) is None:
+                pairs.update({id(v): (v, w) for v, w in zip(old.variables, new.variables, strict=True)})
+        return list(pairs.values())
+
+    def _shorter_sum(self, node, made):
+        """A sum without the branches that are zero; what only they need is then no part of the model."""
+        dropped = self._graph.droppable[id(node)]
+        left = [made[id(tensor)] for i, tensor in enumerate(node.input_tensors) if i not in dropped]
+        if len(left) > 1:
+            return self.layer(node.operation)(left)
+        return keras.layers.Identity(name=node.operation.name, dtype=left[0].dtype)(left[0])
 
     def _make(self, layer):
         if functional_of(layer) is not None:
@@ -101,30 +120,38 @@ class _Rebuilder:
             config["layer"] = keras.saving.serialize_keras_object(self.layer(layer.layer))
         elif isinstance(layer, keras.layers.TimeDistributed) and functional_of(layer.layer) is not None:
             return keras.layers.TimeDistributed(self.layer(layer.layer), name=layer.name, dtype=layer.dtype_policy)
-        for name, value in self._graph.options.get(id(layer), {}).items():
-            if name in config:
-                config[name] = value(self._kept)
+        config.update((name, value) for name, value in self._options(layer) if name in config)
         return type(layer).from_config(config)
+
+    def _options(self, layer):
+        """What depends on the neurons that are kept, by name."""
+        return [(name, make(self._kept[ids])) for name, (ids, make) in self._graph.options.get(id(layer), {}).items()]
 
     def _edited_arguments(self, operation, args, kwargs):
         """Where an argument of a call depends on the neurons, such as the bounds of a slice."""
-        edits = self._graph.options.get(id(operation), {})
-        if not edits or isinstance(operation, keras.layers.Layer):
+        options = self._options(operation)
+        if not options or isinstance(operation, keras.layers.Layer):
             return args, kwargs
         bound = inspect.signature(operation.call).bind(*args, **kwargs)
-        edits = {name: value for name, value in edits.items() if name in bound.arguments}
-        bound.arguments.update({name: value(self._kept) for name, value in edits.items()})
+        bound.arguments.update((name, value) for name, value in options if name in bound.arguments)
         return bound.args, bound.kwargs
 
     def _input(self, tensor):
+        """The input layer for an input tensor; those of a nested model are as wide as what enters there."""
         layer = tensor._keras_history[0]
-        return type(layer).from_config(layer.get_config()).output
+        config = layer.get_config()
+        channels = self._graph.inputs.get(id(tensor))
+        if channels is not None and len(channels.ids):
+            shape = list(config["batch_shape"])
+            shape[channels.axis] = int(np.count_nonzero(self._kept[channels.ids]))
+            config["batch_shape"] = shape
+        return type(layer).from_config(config)
 
     def _sequential(self, model):
         small = type(model)(name=model.name)
-        for layer in model._layers:
-            is_input = isinstance(layer, keras.layers.InputLayer)
-            small.add(type(layer).from_config(layer.get_config()) if is_input else self.layer(layer))
+        small.add(self._input(model.inputs[0]))
+        for layer in model.layers:
+            small.add(self.layer(layer))
         small.trainable = model.trainable
         return small
 
@@ -159,12 +186,11 @@ def _same_lambda(layer):
 # Weights.
 
 
-def _copy_weights(model, small, graph: ChannelGraph, kept: np.ndarray) -> None:
-    pairs = list(zip(model.variables, small.variables, strict=True))
+def _copy_weights(pairs, graph: ChannelGraph, kept: np.ndarray) -> None:
     values = {id(old): _sliced(old, np.asarray(read(old)), graph, kept) for old, _ in pairs}
     for fold in graph.folds:
         constants = np.where(kept[fold.ids], 0.0, fold.constants)
-        if constants.any():
+        if constants.any() and id(fold.bias) in values:
             kernel = np.moveaxis(graph.value(fold.kernel), (fold.in_axis, fold.out_axis), (-2, -1))
             shift = np.einsum("kio,i->o", kernel.reshape(-1, *kernel.shape[-2:]), constants)
             values[id(fold.bias)] = values[id(fold.bias)] + _sliced(fold.bias, shift, graph, kept)
@@ -188,35 +214,47 @@ def _sliced(variable, values: np.ndarray, graph: ChannelGraph, kept: np.ndarray)
 # Compilation.
 
 
-def _copy_compilation(model, small, graph: ChannelGraph, kept: np.ndarray) -> None:
-    """Compiles the new model like the old one, with the state of its optimizer."""
+def _copy_compilation(model, small, new_of: dict, graph: ChannelGraph, kept: np.ndarray) -> None:
+    """Compiles the new model like the old one, with the state of its optimizer.
+
+    `new_of`: the new variable of each old one, by identity.
+    """
     if not getattr(model, "compiled", False) or model._compile_config is None:
         return
     config = {name: _fresh(value) for name, value in model._compile_config.config.items()}
-    old, new = model.optimizer, type(model.optimizer).from_config(model.optimizer.get_config())
-    small.compile(**{**config, "optimizer": new})
-    if not old.built:
+    optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
+    small.compile(**{**config, "optimizer": optimizer})
+    if not model.optimizer.built:
         return
-    new.build(small.trainable_variables)
-    shape_of = _slots(old, model.trainable_variables)
-    for source, target in zip(old.variables, new.variables, strict=True):
-        value = np.asarray(read(source))
-        variable = shape_of.get(id(source))
-        if variable is not None and value.shape == tuple(variable.shape):
-            value = _sliced(variable, value, graph, kept)
-        if value.shape == tuple(target.shape):  # others, such as row and column averages, begin anew
-            target.assign(value)
+    optimizer.build(small.trainable_variables)
+    old, new = (getattr(each, "inner_optimizer", each) for each in (model.optimizer, optimizer))
+    places = {id(variable): place for place, variable in enumerate(new._trainable_variables)}
+    for name, group in _slots(old).items():
+        for variable, slot in zip(old._trainable_variables, group, strict=True):
+            if slot is None or id(new_of.get(id(variable))) not in places:
+                continue
+            target = vars(new)[name][places[id(new_of[id(variable)])]]
+            value = np.asarray(read(slot))
+            if value.shape == tuple(variable.shape):
+                value = _sliced(variable, value, graph, kept)
+            if value.shape == tuple(target.shape):  # others, such as row and column averages, begin anew
+                target.assign(value)
+    for name, value in vars(old).items():
+        if isinstance(value, Variable):  # the count of steps, the learning rate
+            getattr(new, name).assign(read(value))
 
 
-def _slots(optimizer, variables: Sequence) -> dict[int, Any]:
-    """The trainable variable that each of an optimizer's variables belongs to, by the identity of the latter."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    variables = getattr(optimizer, "_trainable_variables", variables)
-    found: dict[int, Any] = {}
-    for slots in vars(optimizer).values():
-        if isinstance(slots, list) and len(slots) == len(variables):
-            found.update((id(slot), variable) for slot, variable in zip(slots, variables, strict=True))
-    return found
+def _slots(optimizer) -> dict[str, list]:
+    """The lists in which an optimizer keeps a variable for each trainable variable of the model, by name."""
+    size = len(optimizer._trainable_variables)
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if isinstance(value, list)
+        and len(value) == size
+        and name != "_trainable_variables"
+        and all(slot is None or isinstance(slot, Variable) for slot in value)
+    }
 
 
 def _fresh(value):
