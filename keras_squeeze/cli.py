@@ -1,7 +1,6 @@
 """The `keras-squeeze` command."""
 
 import argparse
-import os
 import sys
 
 
@@ -14,7 +13,6 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     options = parser.parse_args(arguments)
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from keras_squeeze.demo import run_demo
 
     run_demo(options.output, seed=options.seed)

@@ -78,6 +78,8 @@ class LAMP(Criterion):
 
     def scores(self, weight, gradient=None, path=""):
         squares = np.square(weight, dtype="float64").ravel()
+        if not np.isfinite(squares.sum()):
+            return np.full(np.shape(weight), np.nan, "float32")
         ascending = np.sort(squares)
         sum_from = np.cumsum(ascending[::-1])[::-1]
         denominators = sum_from[np.searchsorted(ascending, squares, side="left")]
@@ -237,6 +239,15 @@ def batch_gradients(
             if unused:
                 raise ValueError(f"These weights do not affect the loss, so they have no gradient: {', '.join(unused)}")
             yield [np.asarray(tf.convert_to_tensor(gradient), dtype="float32") for gradient in gradients]
+
+
+def check_reusable(data) -> None:
+    """Raises a `TypeError` for data that can be read only once: every update reads it anew."""
+    if isinstance(data, Iterator):
+        raise TypeError(
+            "`data` is read at every update, and an iterator or generator is empty after the first. Pass arrays "
+            f"(x, y), a tf.data.Dataset or a keras.utils.PyDataset. Received: {data!r}"
+        )
 
 
 def batches(data, num_batches: int | None, batch_size: int = 32) -> Iterator[tuple]:

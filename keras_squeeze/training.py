@@ -1,25 +1,30 @@
 """What every compression callback shares: the run of `fit`, its clock, its logs, and the callbacks beside it."""
 
 import inspect
+import pathlib
 import warnings
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import keras
 
 from keras_squeeze.selection import require_tensorflow
 
-_GATED_EVENTS = (
-    "on_epoch_begin",
-    "on_epoch_end",
-    "on_train_batch_begin",
-    "on_train_batch_end",
-    "on_test_begin",
-    "on_test_end",
-    "on_test_batch_begin",
-    "on_test_batch_end",
-)
+# By the name under which a callback may define the same.
+_GATED_EVENTS = {
+    "on_epoch_begin": "on_epoch_begin",
+    "on_epoch_end": "on_epoch_end",
+    "on_train_batch_begin": "on_batch_begin",
+    "on_train_batch_end": "on_batch_end",
+    "on_test_begin": "on_test_begin",
+    "on_test_end": "on_test_end",
+    "on_test_batch_begin": "on_test_batch_begin",
+    "on_test_batch_end": "on_test_batch_end",
+}
+
+_ORIGIN_FILE = "keras_squeeze_origin.txt"
 
 
 class CompressionCallback(keras.callbacks.Callback, ABC):
@@ -68,8 +73,12 @@ class CompressionCallback(keras.callbacks.Callback, ABC):
         """Whether the target is reached."""
 
     @abstractmethod
-    def progress(self) -> dict[str, tuple[int, int]]:
-        """What goes to `logs`: name -> (part, whole). Callbacks that share a name are added up."""
+    def progress(self) -> dict[str, dict[Hashable, tuple[int, int]]]:
+        """What goes to `logs`: name -> {what is compressed: (part, whole)}.
+
+        Callbacks of one `fit` are added up; where two compress the same thing, the larger part counts, since what one
+        has compressed the other counts in.
+        """
 
     def finish(self, step: int, verbose: bool) -> None:
         """Called once when `fit` ends, before `detach`."""
@@ -112,14 +121,9 @@ class FitRun:
         self._batches = 0  # executed since `_step` was known
         # Constraints and wrappers are traced with the training step, so it must not have been traced yet.
         self._model.make_train_function(force=True)
-        train_function = self._model.train_function
-
-        def train_and_advance(iterator):
-            logs = train_function(iterator)
-            self._advance()
-            return {**logs, **self.logs()} if isinstance(logs, dict) else logs
-
-        self._model.train_function = train_and_advance
+        self._train_function = self._model.train_function
+        self._iterator: Any = None
+        self._model.train_function = self._train_and_advance
 
     @classmethod
     def join(cls, callback: CompressionCallback) -> "FitRun":
@@ -138,7 +142,7 @@ class FitRun:
     @property
     def reached(self) -> bool:
         """Whether every callback has reached its target."""
-        return all(callback.reached for callback in self.callbacks)
+        return self._started and all(callback.reached for callback in self.callbacks)
 
     def start(self, epoch: int) -> None:
         """Sets the clock and attaches the callbacks, at the first epoch: by then weights are restored."""
@@ -149,13 +153,11 @@ class FitRun:
         try:
             for callback in self.callbacks:
                 callback.attach(self._model, self._model.optimizer, total_steps)
-        except Exception:
             for callback in self.callbacks:
-                callback.detach()
-            self._close()
+                callback.update(self._step)
+        except Exception:
+            self._abandon()
             raise
-        for callback in self.callbacks:
-            callback.update(self._step)
         self._warn_of_early_picks()
 
     def catch_up(self) -> None:
@@ -166,12 +168,13 @@ class FitRun:
             callback.update(self._step)
 
     def logs(self) -> dict[str, float]:
-        sums: dict[str, tuple[int, int]] = {}
+        """The fraction that is done, by name."""
+        found: dict[str, dict[Hashable, tuple[int, int]]] = {}
         for callback in self.callbacks:
-            for name, (part, whole) in callback.progress().items():
-                before = sums.get(name, (0, 0))
-                sums[name] = (before[0] + part, before[1] + whole)
-        return {name: part / whole for name, (part, whole) in sums.items()}
+            for name, parts in callback.progress().items():
+                known = found.setdefault(name, {})
+                known.update((key, max(pair, known.get(key, pair))) for key, pair in parts.items())
+        return {name: fraction(parts) for name, parts in found.items()}
 
     def leave(self, callback: CompressionCallback) -> None:
         """Ends a callback's part; the last one gives the model its own training step back."""
@@ -182,6 +185,44 @@ class FitRun:
         self.callbacks.remove(callback)
         if not self.callbacks:
             self._close()
+
+    def _train_and_advance(self, iterator):
+        """The model's training step, what is due after it, and the progress in its logs."""
+        if iterator is not self._iterator and not self._is_current():
+            self._abandon()
+            self._model.make_train_function(force=True)
+            return self._model.train_function(iterator)
+        self._iterator = iterator
+        logs = self._train_function(iterator)
+        self._advance()
+        if not isinstance(logs, dict):
+            return logs
+        if self._model.distribute_strategy.num_replicas_in_sync > 1:
+            # Keras takes the metrics over all replicas only where it finds no other name in the logs.
+            metrics = self._model.get_metrics_result()
+            logs = metrics if metrics.keys() == logs.keys() else logs
+        return {**logs, **self.logs()}
+
+    def _is_current(self) -> bool:
+        """Whether the `fit` that is running is the one of these callbacks.
+
+        One that was interrupted leaves its training step with the model, for the next to find. Looked up where Keras
+        keeps its callbacks; asked once an epoch.
+        """
+        frame = inspect.currentframe()
+        while frame:
+            for value in (frame.f_locals.get("callbacks"), frame.f_locals.get("self")):
+                if isinstance(value, keras.callbacks.CallbackList):
+                    return any(callback in value.callbacks for callback in self.callbacks)
+            frame = frame.f_back
+        return False
+
+    def _abandon(self) -> None:
+        """Lets go of the model where `fit` will not do it."""
+        for callback in self.callbacks:
+            callback.detach()
+            callback._run = None
+        self._close()
 
     def _close(self) -> None:
         self._model.train_function = None  # the constraints were traced with it
@@ -202,20 +243,30 @@ class FitRun:
             The optimizer steps of the whole run; None where the length of the data is not known.
         """
         steps = self._params.get("steps")
-        self._origin = self._iterations()
-        if steps is None:
-            return None
         if steps == 0:
             self._close()
             raise ValueError("The data set is empty: `fit` would run no step. Pass data with at least one batch.")
-        per_epoch = steps / self._accumulation
-        earlier = self._origin - int(epoch * per_epoch)
-        if any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in self._beside):
-            # A backup in mid-epoch: Keras replays the epoch's batches, but what was pruned by then stays so.
-            earlier = int(earlier // per_epoch * per_epoch)
-        self._step = self._origin - earlier
-        self._origin = earlier
-        return int(self._params["epochs"] * per_epoch)
+        self._origin = self._find_origin(epoch, steps)
+        self._step = self._iterations() - self._origin
+        if steps is None:
+            return None
+        return int(self._params["epochs"] * steps / self._accumulation)
+
+    def _find_origin(self, epoch: int, steps: int | None) -> int:
+        """The optimizer's count at which this run, or the one that it resumes, began.
+
+        A backup in mid-epoch does not tell: Keras replays the epoch's batches. So the count is kept beside it.
+        """
+        count = self._iterations()
+        resumed = count - int(epoch * (steps or 0) / self._accumulation)
+        for callback in self._beside:
+            if isinstance(callback, keras.callbacks.BackupAndRestore):
+                kept = pathlib.Path(callback.backup_dir) / _ORIGIN_FILE
+                if pathlib.Path(callback._training_metadata_path).exists():
+                    return int(kept.read_text()) if kept.exists() else resumed
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(str(resumed))
+        return resumed
 
     @property
     def _accumulation(self) -> int:
@@ -263,18 +314,36 @@ class AfterTarget(keras.callbacks.Callback):
         if not isinstance(callback, keras.callbacks.Callback):
             raise TypeError(f"`callback` must be a Keras callback. Received: {callback!r}")
         self.callback = callback
-        for event in _GATED_EVENTS:
-            method = getattr(callback, event)
-            if not getattr(method, "_is_default", False):  # Keras runs batches faster where no one listens
-                setattr(self, event, self._gate(method))
+        self._epoch: Any = None  # the arguments of an `on_epoch_begin` that was held back
+        for event, alias in _GATED_EVENTS.items():
+            # Keras runs batches faster where no one listens.
+            listens = [not getattr(getattr(callback, name), "_is_default", False) for name in (event, alias)]
+            if any(listens) or event == "on_epoch_begin":
+                setattr(self, event, self._gate(event))
 
-    def _gate(self, method):
+    def _gate(self, event):
+        method = getattr(self.callback, event)
+
         def forward(*args, **kwargs):
             run = FitRun.of(self)
-            if run is None or run.reached:
-                method(*args, **kwargs)
+            if event == "on_epoch_begin":
+                self._epoch = args, kwargs
+                if run is not None:
+                    run.start(args[0])  # whatever the order of the callbacks
+            if run is not None and not run.reached:
+                return
+            if self._epoch and event != "on_epoch_begin":  # the target was reached in mid-epoch
+                self._forward_epoch()
+            elif event == "on_epoch_begin":
+                self._epoch = None
+            method(*args, **kwargs)
 
         return forward
+
+    def _forward_epoch(self) -> None:
+        args, kwargs = self._epoch
+        self._epoch = None
+        self.callback.on_epoch_begin(*args, **kwargs)
 
     def set_params(self, params):
         super().set_params(params)
@@ -289,6 +358,11 @@ class AfterTarget(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self.callback.on_train_end(logs)
+
+
+def fraction(parts: Mapping[Hashable, tuple[int, int]]) -> float:
+    """The sum of the parts over the sum of the wholes."""
+    return sum(part for part, _ in parts.values()) / max(sum(whole for _, whole in parts.values()), 1)
 
 
 def _callbacks_beside(callback: keras.callbacks.Callback) -> list[keras.callbacks.Callback]:

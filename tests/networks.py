@@ -22,6 +22,25 @@ def small_convnet(optimizer="adam", **compile_options) -> keras.Model:
     return model
 
 
+def residual_convnet(optimizer="adam", **compile_options) -> keras.Model:
+    """A residual network for the digits with batch normalisation, one of it without scale; compiled."""
+    keras.utils.set_random_seed(1)
+    layers = keras.layers
+    inputs = keras.Input((8, 8, 1))
+    x = layers.Conv2D(16, 3, padding="same", use_bias=False, name="stem")(inputs)
+    x = shortcut = layers.ReLU(name="relu")(layers.BatchNormalization(name="norm_1")(x))
+    x = layers.Conv2D(32, 3, padding="same", name="inner")(x)
+    x = layers.Activation("relu")(layers.BatchNormalization(scale=False, name="norm_2")(x))
+    x = layers.Conv2D(16, 3, padding="same", name="outer")(x)
+    x = layers.Add(name="add")([x, shortcut])
+    x = layers.Flatten()(layers.MaxPooling2D(2)(x))
+    x = layers.Dense(32, activation="sigmoid", name="hidden")(x)
+    model = keras.Model(inputs, layers.Dense(10, name="logits")(x), name="residual")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"], **compile_options)
+    return model
+
+
 def kernels(model) -> dict[str, np.ndarray]:
     """Every weight of the model that is called a kernel, by its path; found without this package's layer table."""
     return {v.path: v.numpy() for v in model.weights if v.name.endswith("kernel")}

@@ -34,7 +34,7 @@ def random_model(seed: int) -> keras.Model:
     if len(inputs) > 1 or rng.random() < 0.3:
         unused = [layers.GlobalAveragePooling2D()(tensor) for tensor in tensors[:2]]
         outputs.append(layers.Dense(3)(layers.Concatenate()(unused) if len(unused) > 1 else unused[0]))
-    model = keras.Model(inputs, outputs)
+    model = keras.Model(inputs if len(inputs) > 1 else inputs[0], outputs)
     randomize(model, seed)
     return model
 

@@ -201,3 +201,22 @@ def test_a_layer_that_no_one_taught_us_is_skipped_with_one_warning(digits):
     assert len(caught) == 1
     assert any(path == "custom" and "Custom is not in the layer table" in reason for path, reason in report.skipped)
     assert np.count_nonzero(model.get_layer("custom").matrix.numpy()) == 32
+
+
+@pytest.mark.parametrize("data", [(np.zeros((0, 8, 8, 1)), np.zeros(0)), "generator"], ids=["empty", "generator"])
+def test_data_for_gradients_is_tried_before_training(digits, data):
+    model = small_convnet()
+    before = [v.numpy() for v in model.weights]
+    schedule = ks.schedules.PolynomialDecay(0.5, begin=5)
+    if data == "generator":
+        data = (batch for batch in [digits])
+    with pytest.raises((ValueError, TypeError), match="`data` is"):
+        model.fit(*digits, verbose=0, callbacks=[ks.MagnitudePruning(schedule, criterion="snip", data=data)])
+    for variable, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    assert all(v.constraint is None for v in model.trainable_variables)
+
+
+def test_an_initial_sparsity_that_the_pattern_does_not_allow():
+    with pytest.raises(ValueError, match="allows a sparsity of at most"):
+        ks.MagnitudePruning(ks.schedules.PolynomialDecay(0.5, initial=0.7), pattern="2:4")

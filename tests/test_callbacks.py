@@ -106,6 +106,34 @@ def test_after_target_early_stopping_picks_among_pruned_weights(digits, pruning_
     assert count_zeros(model) == expected_zeros(model, TARGET)
 
 
+class Recorder(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.events.append(("begin", epoch, sparsity(self.model)))
+
+    def on_batch_end(self, batch, logs=None):  # the old name, which Keras still knows
+        self.events.append(("batch", batch, sparsity(self.model)))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.events.append(("end", epoch, sparsity(self.model)))
+
+
+@pytest.mark.parametrize("pruning_first", [True, False])
+def test_after_target_forwards_everything_from_the_target_on_and_nothing_before(digits, pruning_first):
+    model, recorder = small_convnet(), Recorder()
+    callbacks = [ks.MagnitudePruning(ks.schedules.PolynomialDecay(TARGET, end=0.5)), ks.AfterTarget(recorder)]
+    fit(model, digits, callbacks if pruning_first else callbacks[::-1], epochs=3)
+    reached = count_zeros(model) / sum(kernel.size for kernel in kernels(model).values())
+    assert all(at == pytest.approx(reached) for _, _, at in recorder.events)
+    assert [epoch for kind, epoch, _ in recorder.events if kind == "begin"] == [1, 2]
+    assert [epoch for kind, epoch, _ in recorder.events if kind == "end"] == [1, 2]
+    assert recorder.events[0][0] == "begin"
+    assert sum(kind == "batch" for kind, _, _ in recorder.events) > 1797 / 64
+
+
 def test_after_target_the_best_checkpoint_is_pruned(digits, tmp_path):
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", "val_accuracy", save_best_only=True)
     with pytest.warns(UserWarning, match="ModelCheckpoint may pick weights"):
@@ -160,16 +188,21 @@ def test_the_line_at_the_end_says_what_was_reached(digits, capsys):
 
 
 def test_weights_that_diverge_are_reported_and_the_zeros_stay(digits):
+    zeros_before = []
+
     class Diverge(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             if epoch == 0:
                 kernel = self.model.get_layer("hidden").kernel
+                zeros_before.append(int((kernel.numpy() == 0).sum()))
                 kernel.assign(np.where(kernel.numpy() == 0, 0, np.nan))
 
     model = small_convnet()
     with pytest.warns(UserWarning, match=r"NaN or infinite scores of .*hidden/kernel") as caught:
         fit(model, digits, [ks.MagnitudePruning(TARGET), Diverge()])
     assert sum("NaN" in str(warning.message) for warning in caught) == 1
+    kernel = model.get_layer("hidden").kernel.numpy()
+    assert (kernel == 0).sum() == zeros_before[0] > 0
 
 
 def test_keep_sparsity_leaves_an_all_zero_weight_to_train(digits):

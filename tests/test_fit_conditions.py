@@ -215,6 +215,16 @@ def test_a_second_fit_and_a_new_compile(digits):
     assert_on_target(model, fit(model, digits), TARGET)
 
 
+def test_the_schedule_of_a_second_fit_begins_anew(digits):
+    model = small_convnet()
+    schedule = ks.schedules.PolynomialDecay(TARGET, begin=10)
+    fit(model, digits)
+    zeros = ZerosAtEveryStep()
+    fit(model, digits, zeros, pruning=ks.MagnitudePruning(schedule))
+    assert max(zeros.in_logs[:9]) == 0
+    assert zeros.in_logs[-1] == pytest.approx(TARGET, abs=2e-3)
+
+
 def test_initial_epoch_goes_on_with_the_schedule(digits):
     model = small_convnet()
     first, second = ZerosAtEveryStep(), ZerosAtEveryStep()
@@ -262,8 +272,9 @@ def test_a_schedule_for_each_layer(digits):
 def test_two_callbacks_on_the_same_layer_compose(digits):
     x, y = digits
     model = small_convnet()
-    model.fit(x, y, epochs=2, verbose=0, callbacks=[ks.MagnitudePruning(0.5), ks.MagnitudePruning(TARGET)])
-    assert_on_target(model)
+    callbacks = [ks.MagnitudePruning(0.5), ks.MagnitudePruning(TARGET)]
+    history = model.fit(x, y, epochs=2, verbose=0, callbacks=callbacks).history
+    assert_on_target(model, history)
 
 
 def test_a_users_own_constraint_works_and_comes_back(digits):
@@ -296,6 +307,72 @@ def test_an_interrupted_fit_leaves_nothing_that_a_new_one_would_trip_over(digits
     # Not exactly: a neuron that 95 % sparsity killed gets no gradient, so its weights stay zero unasked.
     assert expected_zeros(model, 0.5) <= count_zeros(model) < expected_zeros(model, 0.6)
     assert all(v.constraint is None for v in model.trainable_variables)
+
+
+def test_a_plain_fit_after_an_interrupted_one_prunes_nothing(digits):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 20:
+                raise KeyboardInterrupt
+
+    x, y = digits
+    model = small_convnet()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, digits, Stop())
+    before = count_zeros(model)
+    history = model.fit(x, y, epochs=2, batch_size=64, verbose=0).history
+    assert "sparsity" not in history
+    assert count_zeros(model) < before / 2
+    assert all(v.constraint is None for v in model.trainable_variables)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # how Keras learns the length
+def test_a_generator_of_unknown_length(digits):
+    x, y = digits
+
+    def generate():
+        for start in range(0, len(x), 64):
+            yield x[start : start + 64], y[start : start + 64]
+
+    model = small_convnet()
+    schedule = ks.schedules.PolynomialDecay(TARGET, begin=5, end=20)
+    model.fit(generate(), epochs=1, verbose=0, shuffle=False, callbacks=[ks.MagnitudePruning(schedule)])
+    assert_on_target(model)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_averaged_weights_in_a_custom_loop(digits, wrapped):
+    """The optimizer is not built yet when the masks are attached."""
+    x, _ = digits
+    model = small_convnet()
+    optimizer = keras.optimizers.Adam(use_ema=True, ema_momentum=0.5)
+    if wrapped:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    pruning = ks.MagnitudePruning(ks.schedules.Constant(TARGET))
+    pruning.attach(model, optimizer, total_steps=4)
+    pruning.update(0)
+    for step in range(1, 5):
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean(keras.ops.square(model(x[:64], training=True)))
+            loss = optimizer.scale_loss(loss)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        pruning.update(step)
+    optimizer.finalize_variable_values(model.trainable_variables)
+    pruning.detach()
+    assert_on_target(model)
+    assert pruning.sparsity == pytest.approx(TARGET, abs=2e-3)
+    assert pruning.reached
+
+
+def test_metrics_over_replicas_are_those_of_keras(digits):
+    x, y = digits
+    histories = []
+    for callbacks in ([], [ks.MagnitudePruning(0.0)]):
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            model = small_convnet("sgd")
+        options = {"batch_size": 50, "epochs": 1, "verbose": 0, "shuffle": False}  # the last batch is uneven
+        histories.append(model.fit(x, y, callbacks=callbacks, **options).history)
+    assert histories[1]["accuracy"] == pytest.approx(histories[0]["accuracy"], abs=1e-6)
 
 
 def test_a_gan_like_model_with_its_own_train_step(digits):

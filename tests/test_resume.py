@@ -42,6 +42,19 @@ def test_saved_every_epoch_the_masks_equal_those_of_an_uninterrupted_run(tmp_pat
         np.testing.assert_allclose(resumed[name], whole[name], rtol=1e-5, atol=1e-7)
 
 
+def test_killed_twice_nothing_that_was_pruned_comes_back(tmp_path):
+    """After the first kill Keras replays an epoch, so that its own counts no longer tell where the run began."""
+    folder = tmp_path / "killed"
+    kill(folder, "5", after=12)
+    kill(folder, "5", after=2 * BATCHES_PER_EPOCH + 7)
+    resumed = finish(folder, "5")
+    steps_at_backup = 10 + 2 * BATCHES_PER_EPOCH + 5
+    done = min(steps_at_backup / (0.75 * EPOCHS * BATCHES_PER_EPOCH), 1)
+    size = sum(kernel.size for name, kernel in resumed.items() if name != "zeros")
+    assert resumed["zeros"][0] / size >= TARGET * (1 - (1 - done) ** 3) - 0.05
+    np.testing.assert_array_equal(resumed["zeros"], np.sort(resumed["zeros"]))
+
+
 @pytest.mark.parametrize("killed_in_epoch", [0, 2])
 def test_saved_every_few_batches_the_zeros_are_kept_and_the_target_is_reached(tmp_path, killed_in_epoch):
     kill(tmp_path / "killed", "5", after=killed_in_epoch * BATCHES_PER_EPOCH + 12)

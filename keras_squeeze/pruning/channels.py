@@ -86,8 +86,8 @@ class ChannelGraph:
         assumed: Boolean per id: neurons taken to be masked. None: the weights are as they are.
         inexact_layers: Paths of the layers that made use of `inexact`.
         droppable: Per call (by identity of its node), the inputs of a sum that are zero throughout.
-        node, path, shapes, arguments: Of the call that the rule is for: its node in the graph, where its layer stands in
-            the model, the shapes of its outputs, and its `(args, kwargs)`.
+        node, path, shapes, arguments: Of the call that the rule is for: its node in the graph, where its layer stands,
+            the shapes of its outputs, and its `(args, kwargs)`.
     """
 
     inexact: bool = False

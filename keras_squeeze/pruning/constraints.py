@@ -87,13 +87,14 @@ def _moving_averages(model, optimizer) -> dict[int, keras.Variable]:
     """The optimizer's moving average of each trainable variable, by the variable's id."""
     if optimizer is None:
         return {}
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    several = hasattr(inner, "optimizers")
+    if not inner.built and (several or inner.use_ema):
+        optimizer.build(model.trainable_variables)
     averages: dict[int, keras.Variable] = {}
-    for part in getattr(optimizer, "optimizers", [optimizer]):
-        if not getattr(part, "use_ema", False):
+    for part in inner.optimizers if several else [inner]:
+        if not getattr(part, "use_ema", False) or not part.built:
             continue
-        if not optimizer.built:
-            model.optimizer.build(model.trainable_variables)
         pairs = zip(part._trainable_variables, part._model_variables_moving_average, strict=True)
         averages.update((id(variable), average) for variable, average in pairs if average is not None)
     return averages

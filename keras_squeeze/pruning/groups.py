@@ -37,7 +37,13 @@ class PruningMethod:
                 f"Criterion {criterion!r} uses gradients and needs `data`: pass data=(x, y) or a dataset of batches. "
                 "Received: data=None"
             )
+        criteria.check_reusable(data)
         return cls(allocation, get_pattern(pattern), criterion, data)
+
+    def check(self, model, weights: Sequence[CompressibleWeight]) -> None:
+        """Raises what a criterion with data would raise at its first update."""
+        if self.criterion.needs_gradients:
+            criteria.loss_gradients(model, [weight.variable for weight in weights], self.data, num_batches=1)
 
     def masks(self, model, weights: Sequence[CompressibleWeight], sparsity: float) -> list[np.ndarray]:
         """Chooses the masks of weights that share a target.
@@ -83,7 +89,7 @@ class WeightGroup:
         self.schedule = schedule
         self.weights = [weight for layer in layers for weight in layer.weights]
         self.size = sum(math.prod(weight.variable.shape) for weight in self.weights)
-        self.zeros = 0
+        self.zeros = {id(weight.variable): (0, math.prod(weight.variable.shape)) for weight in self.weights}
         self.constraints: list[MaskConstraint] = []
         self._done = -1  # the step of the last update
 
@@ -108,7 +114,11 @@ class WeightGroup:
     def apply(self, masks: Sequence[np.ndarray], step: int) -> None:
         for constraint, mask in zip(self.constraints, masks, strict=True):
             constraint.apply(mask)
-        self.zeros = self.size - sum(int(np.count_nonzero(mask)) for mask in masks)
+            self.zeros[id(constraint.variable)] = mask.size - int(np.count_nonzero(mask)), mask.size
+        self._done = step
+
+    def skip(self, step: int) -> None:
+        """Leaves the update of a step out."""
         self._done = step
 
 

@@ -30,7 +30,7 @@ class KeepSparsity(CompressionCallback):
         super().__init__()
         self.layers = layers
         self._constraints: list[MaskConstraint] = []
-        self._zeros = self._size = 0
+        self._zeros: dict[int, tuple[int, int]] = {}
 
     def attach(self, model, optimizer, total_steps=None):
         weights = select_layers(model, self.layers, trainable_only=True).weights
@@ -42,11 +42,13 @@ class KeepSparsity(CompressionCallback):
                 f"Model '{model.name}' has no zeros to keep in the selected weights. Prune it first "
                 "(keras_squeeze.MagnitudePruning), or load the pruned weights before `fit`."
             )
+        self.detach()
         self._constraints = attach_masks([w.variable for w, _ in sparse], model, optimizer, self._run)
         for constraint, (_, mask) in zip(self._constraints, sparse, strict=True):
             constraint.apply(mask)
-        self._size = sum(mask.size for mask in masks)
-        self._zeros = sum(mask.size - int(np.count_nonzero(mask)) for _, mask in sparse)
+        self._zeros = {id(weight.variable): (0, mask.size) for weight, mask in zip(weights, masks, strict=True)}
+        for weight, mask in sparse:
+            self._zeros[id(weight.variable)] = mask.size - int(np.count_nonzero(mask)), mask.size
 
     def update(self, step):
         """The zeros are those that were there at `attach`."""
@@ -64,4 +66,4 @@ class KeepSparsity(CompressionCallback):
         return True
 
     def progress(self):
-        return {"sparsity": (self._zeros, max(self._size, 1))}
+        return {"sparsity": self._zeros}

@@ -12,7 +12,7 @@ from keras_squeeze.pruning.groups import PruningMethod, WeightGroup, divide_by_s
 from keras_squeeze.pruning.masks import check_reachable
 from keras_squeeze.report import CompressionReport, summarize
 from keras_squeeze.selection import Layers, Selection, read, select_layers
-from keras_squeeze.training import CompressionCallback
+from keras_squeeze.training import CompressionCallback, fraction
 
 
 class MagnitudePruning(CompressionCallback):
@@ -65,7 +65,7 @@ class MagnitudePruning(CompressionCallback):
         self.layers = layers
         self.method = PruningMethod.make(allocation, pattern, criterion, data)
         for part in self.schedule.values():
-            check_reachable(part.final, self.method.pattern)
+            check_reachable(max(part.initial, part.final), self.method.pattern)
         self._groups: list[WeightGroup] = []
         self._model: keras.Model | None = None
         self._total_steps: int | None = None
@@ -77,12 +77,16 @@ class MagnitudePruning(CompressionCallback):
         for group in groups:
             group.check(total_steps, self.method.pattern)
         _warn_of_unknown(model, selection)
+        self.method.check(model, [weight for group in groups for weight in group.weights])
+        self.detach()
         self._model, self._total_steps, self._groups, self._diverged = model, total_steps, groups, False
         for group in groups:
             variables = [weight.variable for weight in group.weights]
             group.constraints = attach_masks(variables, model, optimizer, self._run)
 
     def update(self, step):
+        if self._model is None:
+            return
         changes = []
         for group in self._groups:
             due = group.due(step, self._total_steps)
@@ -94,6 +98,7 @@ class MagnitudePruning(CompressionCallback):
                 if not self._diverged:
                     warnings.warn(f"Not pruned at step {step}: {error} The zeros stay as they were.", stacklevel=2)
                 self._diverged = True
+                group.skip(due)
             else:
                 changes.append((group, masks, due))
         for group, masks, due in changes:
@@ -102,7 +107,8 @@ class MagnitudePruning(CompressionCallback):
     def detach(self):
         for group in self._groups:
             detach_masks(group.constraints)
-        self._groups, self._model = [], None
+            group.constraints = []
+        self._model = None
 
     @property
     def next_update(self):
@@ -115,20 +121,18 @@ class MagnitudePruning(CompressionCallback):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros over all the weights that the callback manages."""
-        zeros, size = self.progress()["sparsity"]
-        return zeros / size
+        """Fraction of zeros over all the weights that the callback manages, or has managed last."""
+        return fraction(self.progress()["sparsity"])
 
     def progress(self):
-        zeros = sum(group.zeros for group in self._groups)
-        return {"sparsity": (zeros, max(sum(group.size for group in self._groups), 1))}
+        return {"sparsity": {key: pair for group in self._groups for key, pair in group.zeros.items()}}
 
     def finish(self, step, verbose):
         weights = [weight for group in self._groups for weight in group.weights]
         zeros = sum(math.prod(w.variable.shape) - int(np.count_nonzero(read(w.variable))) for w in weights)
         size = sum(group.size for group in self._groups)
         target = sum(group.target(self._total_steps) * group.size for group in self._groups) / size
-        masked = sum(group.zeros for group in self._groups)
+        masked = sum(part for part, _ in self.progress()["sparsity"].values())
         if zeros < masked:
             warnings.warn(
                 f"Sparsity is {zeros / size:.4f} and not {masked / size:.4f}: another callback put less pruned weights "

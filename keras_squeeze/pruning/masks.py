@@ -100,6 +100,10 @@ class NOfM(Pattern):
         self.n, self.m = n, m
         self.max_sparsity = 1.0 - n / m
 
+    def check(self, shape, name):
+        if len(shape) < 2:
+            raise ValueError(f"{name}: a weight of shape {shape} has no input axis for an n:m pattern.")
+
     def units(self, scores, alive, input_axis):
         lanes = np.moveaxis(scores, input_axis, -1)
         if alive is not None:

@@ -7,13 +7,14 @@ import keras
 import numpy as np
 
 from keras_squeeze import schedules
+from keras_squeeze.criteria import check_reusable
 from keras_squeeze.pruning import neuron_criteria
 from keras_squeeze.pruning.constraints import MaskConstraint, attach_masks, detach_masks
 from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
 from keras_squeeze.pruning.neurons import Neurons, Savings, widths
 from keras_squeeze.report import CompressionReport, summarize
 from keras_squeeze.selection import Layers, check_finite, read, select_layers
-from keras_squeeze.training import CompressionCallback
+from keras_squeeze.training import CompressionCallback, fraction
 
 ALLOCATIONS = ("global", "uniform")
 
@@ -87,6 +88,11 @@ class NeuronSelector:
                 nearest=lambda pruned: abs(np.count_nonzero(pruned) - wanted),
             )
         return self._allocation.prune(scores, lambda pruned: self._left(pruned) <= target.value * self._whole)
+
+    def check(self) -> None:
+        """Raises what a criterion with data would raise at its first update."""
+        if self._criterion.needs_data:
+            self._criterion.scores(self.neurons, self._data)
 
     def _left(self, pruned: np.ndarray) -> float:
         parameters, macs = self._savings.left(pruned)
@@ -171,21 +177,24 @@ class NeuronPruning(CompressionCallback):
         self._pruned = np.zeros(0, bool)
         self._total_steps: int | None = None
         self._done = -1
-        self._diverged = False
+        self._attached = self._diverged = False
 
     def attach(self, model, optimizer, total_steps=None):
         neurons = _neurons(model, self.layers, self.allow_inexact, trainable_only=True)
         selector = NeuronSelector(neurons, self.target, self.limits, self.allocation, self.criterion, self.data)
         schedules.check_fires(self.schedule, total_steps)
         _warn_of_frozen(model, neurons)
+        selector.check()
+        self.detach()
         self._selector, self._total_steps = selector, total_steps
-        self._done, self._diverged, self._pruned = -1, False, np.zeros(neurons.count, bool)
+        self._done, self._diverged, self._attached = -1, False, True
+        self._pruned = np.zeros(neurons.count, bool)
         masked = {id(v): v for v, _ in neurons.masks(self._pruned) if v.trainable}
         attached = attach_masks(masked.values(), model, optimizer, self._run)
         self._constraints = dict(zip(masked, attached, strict=True))
 
     def update(self, step):
-        if self._selector is None:
+        if self._selector is None or not self._attached:
             return
         due = self.schedule.last_update(step, self._total_steps)
         if due is None or due <= self._done:
@@ -196,14 +205,14 @@ class NeuronPruning(CompressionCallback):
         except FloatingPointError as error:
             if not self._diverged:
                 warnings.warn(f"Not pruned at step {step}: {error} The zeros stay as they were.", stacklevel=2)
-            self._diverged = True
+            self._diverged, self._done = True, due
             return
         self._pruned, self._done = pruned, due
         _apply(self._selector.neurons, pruned, self._constraints)
 
     def detach(self):
         detach_masks(self._constraints.values())
-        self._constraints, self._selector = {}, None
+        self._constraints, self._attached = {}, False
 
     @property
     def next_update(self):
@@ -213,20 +222,28 @@ class NeuronPruning(CompressionCallback):
     def reached(self):
         return self.next_update is None
 
+    @property
+    def pruned_neurons(self) -> float:
+        """Fraction of the neurons that are masked, of those that the callback manages or has managed last."""
+        return fraction(self.progress()["pruned_neurons"])
+
     def progress(self):
-        whole = self._selector.neurons.prunable if self._selector else 0
-        return {"pruned_neurons": (int(np.count_nonzero(self._pruned)), max(whole, 1))}
+        groups = self._selector.neurons.groups if self._selector else []
+        parts = {group.paths: (int(self._pruned[group.neurons].sum()), len(group.neurons)) for group in groups}
+        return {"pruned_neurons": parts}
 
     def finish(self, step, verbose):
-        pruned, whole = self.progress()["pruned_neurons"]
         assert self._selector is not None  # `fit` has begun
-        if np.count_nonzero(self._selector.neurons.dead() & self._pruned) < pruned:
+        pruned, whole = int(np.count_nonzero(self._pruned)), self._selector.neurons.prunable
+        if self._diverged:
+            pass  # said already
+        elif np.count_nonzero(self._selector.neurons.dead() & self._pruned) < pruned:
             warnings.warn(
                 "Neurons that were pruned are not zero: another callback put less pruned weights into the model after "
                 "the last step. Wrap it: keras_squeeze.AfterTarget(...).",
                 stacklevel=2,
             )
-        elif not self.reached and not self._diverged:
+        elif not self.reached:
             warnings.warn(
                 f"Training ended at step {step}, before the end of the pruning schedule: {pruned:,} of {whole:,} "
                 "neurons are pruned. Train longer, or let the schedule end earlier.",
@@ -346,4 +363,5 @@ def _check_criterion(criterion, data):
         raise ValueError(
             f"Criterion {criterion!r} needs `data`: pass data=(x, y) or a dataset of batches. Received: data=None"
         )
+    check_reusable(data)
     return criterion, data

@@ -43,6 +43,9 @@ def shrink(model: keras.Model) -> keras.Model:
     small = rebuilder.rebuild(model)
     pairs = rebuilder.variables()
     _copy_weights(pairs, graph, kept)
+    for layer in small._flatten_layers():
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with what it has derived from its weights
     _copy_compilation(model, small, {id(old): new for old, new in pairs}, graph, kept)
     return small
 
