@@ -1,6 +1,7 @@
 """Make Keras models really smaller and really faster, from inside `model.fit`."""
 
 from keras_squeeze import criteria, schedules
+from keras_squeeze.deployment.latency import Latency, measure_latency
 from keras_squeeze.pruning.channel_rules import register_channel_rule
 from keras_squeeze.pruning.keep_sparsity import KeepSparsity
 from keras_squeeze.pruning.magnitude import MagnitudePruning, prune_weights
@@ -16,9 +17,11 @@ __all__ = [
     "AfterTarget",
     "CompressionReport",
     "KeepSparsity",
+    "Latency",
     "MagnitudePruning",
     "NeuronPruning",
     "criteria",
+    "measure_latency",
     "prune_neurons",
     "prune_weights",
     "register_channel_rule",

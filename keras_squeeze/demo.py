@@ -14,10 +14,14 @@ import keras
 import numpy as np
 
 from keras_squeeze import plots
+from keras_squeeze.deployment.latency import measure_latency
 from keras_squeeze.pruning.magnitude import MagnitudePruning
+from keras_squeeze.pruning.neuron import NeuronPruning
+from keras_squeeze.pruning.shrinking import shrink
 from keras_squeeze.report import summarize
 
 TARGET_SPARSITY = 0.9
+TARGET_NEURONS = 0.5
 DENSE_EPOCHS = 15
 PRUNING_EPOCHS = 25
 
@@ -86,18 +90,42 @@ def train_dense(demo: Demo) -> str:
 def prune(demo: Demo) -> str:
     """The same network, trained on while nine of ten weights go."""
     dense = demo.models["dense"]
-    model = keras.models.clone_model(dense)
-    model.set_weights(dense.get_weights())
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    model = _copy(dense)
     history = demo.fit(model, PRUNING_EPOCHS, MagnitudePruning(TARGET_SPARSITY, allocation="global"))
     demo.models["pruned"] = model
     picture = plots.plot_pruning(history, demo.directory / "pruning.png", baseline=demo.accuracy(dense))
     return f"pruned to {history['sparsity'][-1]:.0%} zeros; sparsity and accuracy over training: {picture}"
 
 
+def remove_neurons(demo: Demo) -> str:
+    """The same network once more, trained on while half of its neurons go, and rebuilt without them."""
+    model = _copy(demo.models["dense"])
+    history = demo.fit(model, PRUNING_EPOCHS, NeuronPruning(TARGET_NEURONS))
+    small = shrink(model)
+    demo.models["shrunk"] = small
+    widths = {
+        layer.name: (_width(layer), _width(small.get_layer(layer.name))) for layer in model.layers if _width(layer)
+    }
+    picture = plots.plot_widths(widths, demo.directory / "widths.png")
+    return f"removed {history['pruned_neurons'][-1]:.0%} of the neurons; the layers before and after: {picture}"
+
+
+def _width(layer) -> int:
+    return getattr(layer, "filters", 0) or getattr(layer, "units", 0)
+
+
+def _copy(dense: keras.Model) -> keras.Model:
+    """A network with the same weights, compiled."""
+    model = keras.models.clone_model(dense)
+    model.set_weights(dense.get_weights())
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    return model
+
+
 STAGES: list[tuple[str, Callable[[Demo], str]]] = [
     ("Train a convolutional network", train_dense),
     ("Prune it gradually while it trains on", prune),
+    ("Remove half of its neurons instead", remove_neurons),
 ]
 
 
@@ -170,6 +198,7 @@ def _row(demo: Demo, name: str, model: keras.Model) -> dict:
         "gzip_bytes": len(gzip.compress(path.read_bytes())),
         "macs": total.macs,
         "effective_macs": total.effective_macs,
+        "latency": measure_latency(model, runs=300).median_ms,
     }
 
 
@@ -179,6 +208,7 @@ def table_cells(rows: list[dict]) -> list[tuple[str, ...]]:
     cells.append(("accuracy", *(f"{row['accuracy']:.1%}" for row in rows)))
     for key, heading in _HEADINGS.items():
         cells.append((heading, *(f"{row[key]:,}" for row in rows)))
+    cells.append(("ms for one image, LiteRT, one thread", *(f"{row['latency']:.3f}" for row in rows)))
     return cells
 
 

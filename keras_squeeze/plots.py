@@ -48,3 +48,38 @@ def plot_pruning(
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=150)
     return pathlib.Path(path)
+
+
+def plot_widths(widths: Mapping[str, tuple[int, int]], path: str | pathlib.Path) -> pathlib.Path:
+    """Draws how wide the layers were and are.
+
+    Args:
+        widths: `{layer path: (channels before, channels after)}`, such as `prune_neurons(...).widths`.
+        path: Where the picture goes; its suffix (`.png`, `.svg`, `.pdf`) chooses the format.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: `widths` is empty.
+    """
+    from matplotlib.figure import Figure
+
+    if not widths:
+        raise ValueError("There are no widths to draw: no neuron was pruned.")
+    before, after = zip(*widths.values(), strict=True)
+    places = range(len(widths))
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(widths)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(places, before, color="lightgrey", label="before")
+    axes.barh(places, after, color="tab:blue", label="after")
+    for place, wide, narrow in zip(places, before, after, strict=True):
+        axes.annotate(f" {wide} → {narrow}" if narrow < wide else f" {wide}", (wide, place), va="center")
+    axes.set_yticks(places, labels=list(widths))
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(xlabel="channels", title="Neurons removed")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
+    return pathlib.Path(path)

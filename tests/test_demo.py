@@ -37,6 +37,10 @@ def test_the_table_says_what_is_in_the_files(short_demo, tmp_path, capsys):
         0.9 * sum(w.numpy().size for w in model.weights if w.name == "kernel"), abs=1
     )
     assert f"{count_zeros(model):,}" in printed
+    small = keras.models.load_model(tmp_path / "shrunk.keras")
+    assert 0.2 < small.count_params() / model.count_params() < 0.6
+    assert f"{ks.summarize(small).total.macs:,}" in printed
+    assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -76,6 +80,16 @@ def test_the_picture_shows_the_course_of_the_training(digits, tmp_path):
         plots.plot_pruning(history, tmp_path / "course.png")
 
 
+def test_the_picture_of_the_widths(tmp_path):
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        svg = plots.plot_widths({"first": (16, 8), "second": (32, 32)}, tmp_path / "widths.svg").read_text()
+    assert all(f">{label}<" in svg for label in ("first", "second", "before", "after"))
+    assert "16 → 8" in svg
+    assert "32 → 32" not in svg
+    with pytest.raises(ValueError, match="no widths to draw"):
+        plots.plot_widths({}, tmp_path / "widths.svg")
+
+
 def test_an_unknown_command_says_which_there_are(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["prunee"])
@@ -87,5 +101,5 @@ def test_an_unknown_command_says_which_there_are(capsys):
 def test_examples_run(example, tmp_path):
     done = subprocess.run([sys.executable, str(example)], check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "sparsity" in done.stdout
+    assert "sparsity" in done.stdout  # in the logs, or in the report
     assert re.search(r"^\s+total ", done.stdout, re.MULTILINE)

@@ -1,0 +1,1 @@
+"""What ships: files, and how fast they are."""
