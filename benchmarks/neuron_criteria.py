@@ -55,10 +55,10 @@ def _data(plan: Plan):
 def _network(keras):
     layers = keras.layers
     blocks = []
-    for filters in (16, 32, 64):
-        blocks += [layers.Conv2D(filters, 3, padding="same", use_bias=False), layers.BatchNormalization()]
-        blocks += [layers.ReLU(), layers.MaxPooling2D(2)]
-    head = [layers.Flatten(), layers.Dense(128, use_bias=False), layers.BatchNormalization(), layers.ReLU()]
+    for filters, size in ((32, 5), (64, 3)):
+        blocks.append(layers.Conv2D(filters, size, strides=2, padding="same", use_bias=False))
+        blocks += [layers.BatchNormalization(), layers.ReLU()]
+    head = [layers.Flatten(), layers.Dense(256, use_bias=False), layers.BatchNormalization(), layers.ReLU()]
     return keras.Sequential([keras.Input((SIZE, SIZE, 1)), *blocks, *head, layers.Dense(len(CLASSES))])
 
 

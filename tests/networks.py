@@ -76,7 +76,7 @@ class ZerosAtEveryStep(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self.at_batch.append(count_zeros(self.model))
-        self.in_logs.append(logs["sparsity"])
+        self.in_logs.append(logs.get("sparsity"))
 
     def on_epoch_end(self, epoch, logs=None):
         self.at_epoch.append(count_zeros(self.model))

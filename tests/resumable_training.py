@@ -1,6 +1,7 @@
 """A training script that can be killed: run by test_resume.py in a process of its own.
 
-Usage: resumable_training.py FOLDER SAVE_FREQ KILL_AFTER_BATCHES (0: run to the end, and write final.npz)
+Usage: resumable_training.py FOLDER SAVE_FREQ KILL_AFTER_BATCHES weights|neurons
+(kill after 0 batches: run to the end, and write final.npz)
 """
 
 import os
@@ -13,7 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from networks import ZerosAtEveryStep, kernels, small_convnet
+from networks import ZerosAtEveryStep, kernels, residual_convnet, small_convnet
 from sklearn.datasets import load_digits
 
 import keras_squeeze as ks
@@ -32,15 +33,16 @@ class Kill(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder, save_freq, kill_after):
+def main(folder, save_freq, kill_after, kind):
     folder = pathlib.Path(folder)
     data = load_digits()
     images = (data.images[: 64 * BATCHES_PER_EPOCH, ..., np.newaxis] / 16).astype("float32")
     dataset = tf.data.Dataset.from_tensor_slices((images, data.target[: len(images)])).batch(64)
-    model = small_convnet()
+    model = {"weights": small_convnet, "neurons": residual_convnet}[kind]()
     zeros = ZerosAtEveryStep()
     backup = keras.callbacks.BackupAndRestore(folder / "backup", save_freq if save_freq == "epoch" else int(save_freq))
-    pruning = ks.MagnitudePruning(ks.schedules.PolynomialDecay(TARGET, frequency=7))
+    schedule = ks.schedules.PolynomialDecay(TARGET, frequency=7)
+    pruning = {"weights": ks.MagnitudePruning, "neurons": ks.NeuronPruning}[kind](schedule)
     callbacks = [pruning, backup, zeros] + ([Kill(kill_after)] if kill_after else [])
     model.fit(dataset, epochs=EPOCHS, verbose=0, shuffle=False, callbacks=callbacks)
     found = {path.replace("/", "."): kernel for path, kernel in kernels(model).items()}
@@ -48,4 +50,4 @@ def main(folder, save_freq, kill_after):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

@@ -1,5 +1,7 @@
 """Neuron pruning while a model trains, and in one shot: what a user types, and what `fit` may do to it."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -189,6 +191,17 @@ def test_every_criterion(digits, name, allocation):
         assert report.widths["stem"] == (16, 8)
     assert dead_filters(model, "stem").sum() in (0, 8)
     assert_shrinks(model, digits[0][:100])
+
+
+@pytest.mark.parametrize("name", neuron_criteria._CRITERIA)
+def test_a_criterion_survives_json(name):
+    criterion = neuron_criteria.get(name)
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(criterion)))
+    again = neuron_criteria.get(config)
+    assert type(again) is type(criterion)
+    assert again.get_config() == criterion.get_config()
+    with pytest.raises(TypeError, match="`criterion` must be a name"):
+        neuron_criteria.get(keras.saving.serialize_keras_object(keras.losses.MeanSquaredError()))
 
 
 def test_budgets_are_met_and_the_report_says_what_shrink_saves(digits):

@@ -12,28 +12,29 @@ from resumable_training import BATCHES_PER_EPOCH, EPOCHS, TARGET
 SCRIPT = pathlib.Path(__file__).with_name("resumable_training.py")
 
 
-def train(folder, save_freq, kill_after=0):
+def train(folder, save_freq, kill_after=0, kind="weights"):
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(SCRIPT), str(folder), save_freq, str(kill_after)]
+    command = [sys.executable, str(SCRIPT), str(folder), save_freq, str(kill_after), kind]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-def finish(folder, save_freq):
-    done = train(folder, save_freq)
+def finish(folder, save_freq, kind="weights"):
+    done = train(folder, save_freq, kind=kind)
     assert done.returncode == 0, done.stderr
     with np.load(folder / "final.npz") as arrays:
         return dict(arrays)
 
 
-def kill(folder, save_freq, after):
-    assert train(folder, save_freq, after).returncode == -signal.SIGKILL
+def kill(folder, save_freq, after, kind="weights"):
+    assert train(folder, save_freq, after, kind).returncode == -signal.SIGKILL
     assert not (folder / "final.npz").exists()
 
 
-def test_saved_every_epoch_the_masks_equal_those_of_an_uninterrupted_run(tmp_path):
-    whole = finish(tmp_path / "whole", "epoch")
-    kill(tmp_path / "killed", "epoch", after=2 * BATCHES_PER_EPOCH + 4)
-    resumed = finish(tmp_path / "killed", "epoch")
+@pytest.mark.parametrize("kind", ["weights", "neurons"])
+def test_saved_every_epoch_the_masks_equal_those_of_an_uninterrupted_run(tmp_path, kind):
+    whole = finish(tmp_path / "whole", "epoch", kind)
+    kill(tmp_path / "killed", "epoch", after=2 * BATCHES_PER_EPOCH + 4, kind=kind)
+    resumed = finish(tmp_path / "killed", "epoch", kind)
 
     assert len(resumed["zeros"]) == (EPOCHS - 2) * BATCHES_PER_EPOCH
     np.testing.assert_array_equal(resumed["zeros"], whole["zeros"][2 * BATCHES_PER_EPOCH :])
