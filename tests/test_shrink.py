@@ -382,3 +382,15 @@ def test_inexact_only_when_asked_and_said(norm):
     report = ks.prune_neurons(inexact, 0.5, allow_inexact=True, round_to=1, allocation="uniform")
     assert "inexact when shrunk: norm" in report.notes
     assert report.widths["before"] == (16, 8)
+
+
+def test_an_operation_with_an_array_for_the_channels_freezes_them():
+    """Five channels: as many as the tensor has with which it is tried whether an operation is elementwise."""
+    inputs = keras.Input((4, 4, 3))
+    x = layers.Conv2D(5, 3, name="before")(inputs)
+    x = keras.ops.batch_normalization(x, np.ones(5, "float32"), np.ones(5, "float32"), axis=-1)
+    x = layers.Conv2D(8, 1, activation="relu", name="after")(x)
+    model = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(x)))
+    randomize(model, 1)
+    assert set(ks.prune_neurons(model, 0.5, round_to=1).widths) == {"after"}
+    assert_same(model, ks.shrink(model), random_inputs(model))

@@ -6,11 +6,13 @@ transpose or slice makes of them is what the layer makes of the channels.
 
 import functools
 import math
+import types
 from collections.abc import Callable
 
 import keras
 import numpy as np
 from keras.src.ops import core as core_operations
+from keras.src.ops import nn as network_operations
 from keras.src.ops import numpy as operations
 
 from keras_squeeze.pruning.channels import ChannelGraph, Channels
@@ -48,9 +50,15 @@ def through_function(function, x: Channels, graph: ChannelGraph):
     return x.with_constants(_evaluated(function, x.constants))
 
 
-@functools.lru_cache(maxsize=256)
 def _is_elementwise(function) -> bool:
-    """Tries it: whether changing one value of a tensor changes no other."""
+    """Whether a function of one tensor treats its values one by one."""
+    # A layer or an operation would be kept alive by the cache, and its model with it.
+    return _tried(function) if isinstance(function, types.FunctionType) else _tried.__wrapped__(function)
+
+
+@functools.lru_cache(maxsize=64)
+def _tried(function) -> bool:
+    """Tries whether changing one value of a tensor changes no other."""
     values = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype("float32")
     changed = values.copy()
     changed[1, 2, 3, 4] += 3.0
@@ -79,8 +87,13 @@ def _name(function) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-@_rule_for("Activation", "ReLU", "LeakyReLU", "ELU", "Softmax")
+@_rule_for("Activation")
 def activation(layer, inputs, graph):
+    return through_function(layer.activation, inputs[0], graph)
+
+
+@_rule_for("ReLU", "LeakyReLU", "ELU", "Softmax")
+def activation_layer(layer, inputs, graph):
     return through_function(layer, inputs[0], graph)
 
 
@@ -430,7 +443,8 @@ def elementwise_operation(operation, inputs, graph):
     """Any operation of `keras.ops` on one tensor; whether it treats the channels one by one is tried."""
     args, kwargs = graph.arguments
     tensors = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
-    if len(tensors) != 1 or not (args and args[0] is tensors[0]):
+    others = [x for x in keras.tree.flatten((args[1:], kwargs)) if not isinstance(x, str) and np.size(x) != 1]
+    if len(tensors) != 1 or not (args and args[0] is tensors[0]) or others:  # an array has an entry per channel
         return mixed(operation, inputs, graph)
     applied = _Applied(operation, args[1:], kwargs)
     return through_function(applied, inputs[0], graph) if _is_elementwise(applied) else mixed(operation, inputs, graph)
@@ -446,7 +460,7 @@ class _Applied:
         return self.operation.call(keras.ops.convert_to_tensor(tensor), *self.args, **self.kwargs)
 
 
-for _module in (operations, keras.src.ops.nn, core_operations):
+for _module in (operations, network_operations, core_operations):
     for _class in vars(_module).values():
         if isinstance(_class, type) and issubclass(_class, keras.Operation) and _class is not keras.Operation:
             SHAPE_RULES.setdefault(_class, elementwise_operation)
