@@ -297,6 +297,19 @@ def test_limits_of_a_layer(digits):
     assert all(left % 8 == 0 for _, left in ks.prune_neurons(model, 0.99).widths.values())
 
 
+def test_layers_too_narrow_for_the_rounding_are_named():
+    def model(*widths):
+        dense = [keras.layers.Dense(width, name=f"dense_of_{width}") for width in widths]
+        return keras.Sequential([keras.Input((4,)), *dense, keras.layers.Dense(2)])
+
+    report = ks.prune_neurons(model(6, 16), 0.5)
+    assert report.widths == {"dense_of_6": (6, 6), "dense_of_16": (16, 8)}
+    assert any(path == "dense_of_6" and "too narrow for round_to=8" in reason for path, reason in report.frozen)
+    with pytest.raises(ValueError, match="dense_of_6: too narrow for round_to=8"):
+        ks.prune_neurons(model(6), 0.5)
+    assert ks.prune_neurons(model(6), 0.5, round_to=1).widths == {"dense_of_6": (6, 3)}
+
+
 def test_the_reasons_of_what_stays(digits):
     report = ks.prune_neurons(residual_convnet(), 0.5)
     assert ("logits", "output of the model") in report.frozen

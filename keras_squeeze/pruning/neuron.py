@@ -66,6 +66,7 @@ class NeuronSelector:
         self._allocation = Allocation(neurons.groups, limits, allocation, neurons.count)
         self._savings = Savings(neurons)
         self._whole = self._left(np.zeros(neurons.count, bool))
+        self.stuck = [(group.name, _stuck_reason(limits)) for group in self._allocation.stuck]
         self._check_reachable()
 
     def select(self, progress: float) -> np.ndarray:
@@ -99,6 +100,9 @@ class NeuronSelector:
         return macs if self._target.kind == "macs" else parameters
 
     def _check_reachable(self) -> None:
+        if len(self.stuck) == len(self.neurons.groups):
+            path, reason = self.stuck[0]
+            raise ValueError(f"Model '{self.neurons.model.name}': no neuron can be pruned. {path}: {reason}.")
         if self._target.kind == "neurons":
             return
         name = f"target_{self._target.kind}"
@@ -301,12 +305,15 @@ def prune_neurons(
     allocation = _check_allocation(allocation)
     criterion, data = _check_criterion(criterion, data)
     neurons = _neurons(model, layers, allow_inexact)
+    selector = NeuronSelector(neurons, target, limits, allocation, criterion, data)
     try:
-        pruned = NeuronSelector(neurons, target, limits, allocation, criterion, data).select(1.0)
+        pruned = selector.select(1.0)
     except FloatingPointError as error:
         raise ValueError(f"Nothing was pruned: {error} Check the weights, `data` and the loss.") from None
     _apply(neurons, pruned, {})
-    return _report(neurons, pruned)
+    report = _report(neurons, pruned)
+    report.frozen += selector.stuck
+    return report
 
 
 def _neurons(model, layers, allow_inexact, trainable_only=False) -> Neurons:
@@ -336,7 +343,7 @@ def _report(neurons: Neurons, pruned: np.ndarray) -> CompressionReport:
     report.notes.append(f"{note} and {macs_left:,} of {macs:,} MACs" if macs else note)
     if neurons.graph.inexact_layers:
         report.notes.append(f"inexact when shrunk: {', '.join(dict.fromkeys(neurons.graph.inexact_layers))}")
-    report.frozen = neurons.frozen
+    report.frozen = list(neurons.frozen)
     report.widths = widths(neurons.groups, pruned)
     return report
 
@@ -349,6 +356,13 @@ def _warn_of_frozen(model, neurons: Neurons) -> None:
             "keras_squeeze.register_channel_rule teaches a layer.",
             stacklevel=3,
         )
+
+
+def _stuck_reason(limits: Limits) -> str:
+    return (
+        f"too narrow for round_to={limits.round_to}, min_neurons={limits.min_neurons} and max_layer_fraction="
+        f"{limits.max_layer_fraction}; a smaller `round_to` prunes it"
+    )
 
 
 def _check_allocation(allocation) -> str:

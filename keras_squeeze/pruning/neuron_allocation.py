@@ -85,6 +85,11 @@ class Allocation:
             return short
         return enough
 
+    @property
+    def stuck(self) -> list[NeuronGroup]:
+        """Groups whose limits leave them no choice: they keep all their neurons."""
+        return [group for group, allowed in zip(self._groups, self._allowed, strict=True) if len(allowed) == 1]
+
     def most(self, scores: np.ndarray) -> np.ndarray:
         """All neurons that may go."""
         return self._pruned(scores, 1.0)
