@@ -12,7 +12,7 @@ from measuring import Bar, Estimate, advance, bars_table, in_turn, own_process, 
 from rich.console import Console
 from training_fits import Cell, Times, fit_keras, fit_tfmot
 
-CELLS = (Cell("mlp", 128, 20), Cell("mlp", 32, 10), Cell("resnet8", 128, 5), Cell("resnet8", 32, 5))
+CELLS = (Cell("mlp", 128, 10), Cell("resnet8", 128, 3), Cell("mlp", 32, 3), Cell("resnet8", 32, 1))
 NAMES = {"mlp": "MLP 784-1024-1024-10", "resnet8": "ResNet-8, 32x32x3"}
 LIMIT = 1.03  # at batch 128
 
