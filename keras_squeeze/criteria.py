@@ -230,6 +230,8 @@ def batch_gradients(
         )
     with _metrics_left_as_found(model):
         for x, y, sample_weight in batches(data, num_batches, batch_size):
+            if y is None:
+                raise ValueError("`data` has no targets, and a gradient criterion needs the loss. Pass data=(x, y).")
             with tf.GradientTape() as tape:
                 watched = [variable.value for variable in variables]
                 tape.watch(watched)
@@ -263,7 +265,14 @@ def batches(data, num_batches: int | None, batch_size: int = 32) -> Iterator[tup
         raise ValueError(
             "This criterion uses gradients and needs `data`: pass data=(x, y) or data=dataset. Received: data=None"
         )
+    if hasattr(data, "shape") and hasattr(data, "dtype"):
+        data = (data,)
+    if isinstance(data, str):
+        raise TypeError(f"`data` must be arrays (x, y) or a dataset of batches. Received: {data!r}")
     if isinstance(data, (tuple, list)):
+        sizes = {len(array) for array in keras.tree.flatten(tuple(data)) if array is not None}
+        if len(sizes) > 1:
+            raise ValueError(f"`data` has arrays of different lengths: {', '.join(map(str, sorted(sizes)))}.")
         data = tf.data.Dataset.from_tensor_slices(tuple(data)).batch(batch_size)
     elif isinstance(data, keras.utils.PyDataset):
         data = map(data.__getitem__, range(len(data)))

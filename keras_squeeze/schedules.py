@@ -332,7 +332,7 @@ def check_sparsity(name: str, value) -> float:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"`{name}` must be a number in [0, 1). Received: {value!r}")
     if not 0.0 <= value < 1.0:
-        hint = f" Sparsity is a fraction: for {value:g} % pass {value / 100:g}." if 1.0 <= value < 100 else ""
+        hint = f" Sparsity is a fraction: for {value:g} % pass {value / 100:g}." if 1.0 < value < 100 else ""
         raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value}.{hint}")
     return float(value)
 

@@ -394,3 +394,100 @@ def test_an_operation_with_an_array_for_the_channels_freezes_them():
     randomize(model, 1)
     assert set(ks.prune_neurons(model, 0.5, round_to=1).widths) == {"after"}
     assert_same(model, ks.shrink(model), random_inputs(model))
+
+
+# What looks like something that it is not.
+
+
+class Reversed(layers.Dense):
+    def call(self, x):
+        return keras.ops.flip(super().call(x), -1)
+
+
+class Standardized(layers.Conv1D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - keras.ops.mean(kernel, axis=(0, 1), keepdims=True))
+
+
+def minus_the_smallest(x):
+    return x - keras.ops.min(x, axis=-1, keepdims=True)
+
+
+TRAPS = {
+    "subclass with its own call": lambda x: Reversed(16)(x),
+    "subclass with its own convolution": lambda x: Standardized(16, 1)(x),
+    "cumsum over channels": lambda x: keras.ops.cumsum(x, axis=-1),
+    "cumsum over time": lambda x: keras.ops.cumsum(x, axis=1),
+    "triangle": lambda x: keras.ops.triu(x),
+    "sparsemax": lambda x: layers.Activation("sparsemax")(x),
+    "function that mixes": lambda x: layers.Dense(16, activation=minus_the_smallest)(x),
+    "where": lambda x: keras.ops.where(x > 0.5, x, 0.1),
+    "power of a number": lambda x: keras.ops.power(2.0, x),
+    "roll": lambda x: keras.ops.roll(x, 1, axis=1),
+    "dropout in training": lambda x: layers.Dropout(0.0)(x, training=True),
+    "batch statistics": lambda x: layers.BatchNormalization()(x, training=True),
+    "time distributed norm": lambda x: layers.TimeDistributed(layers.BatchNormalization())(x),
+    "time distributed twice": lambda x: layers.TimeDistributed(layers.TimeDistributed(layers.Dense(16)))(
+        layers.Reshape((6, 1, 16))(x)
+    ),
+    "logarithm": lambda x: keras.ops.log(keras.ops.abs(x) + 1.0),
+    "repeated": lambda x: layers.RepeatVector(3)(layers.GlobalMaxPooling1D()(x)),
+}
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+@pytest.mark.parametrize("trap", TRAPS)
+def test_traps(trap, activation):
+    inputs = keras.Input((6, 5))
+    x = TRAPS[trap](layers.Dense(16, activation=activation, name="before")(inputs))
+    x = layers.Dense(16, activation="relu", name="after")(layers.Flatten()(x))
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    randomize(model, 3)
+    before = model.get_layer("before")
+    kernel, bias = before.get_weights()
+    kernel[:, :3] = 0  # constant, whatever the graph says of it
+    before.set_weights([kernel, bias])
+    ks.prune_neurons(model, 0.5, round_to=1)
+    assert_same(model, ks.shrink(model), random_inputs(model))
+
+
+def test_a_reshape_into_the_batch_freezes():
+    inputs = keras.Input((6, 12))
+    x = keras.ops.reshape(layers.Dense(12, name="before")(inputs), (-1, 12))
+    model = keras.Model(inputs, layers.Dense(2)(layers.Dense(8, name="after")(x)))
+    assert set(ks.prune_neurons(model, 0.5, round_to=1).widths) == {"after"}
+
+
+def test_lora_is_left_alone():
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(16, name="tuned"), layers.Dense(8), layers.Dense(2)])
+    model.get_layer("tuned").enable_lora(2)
+    report = ks.prune_neurons(model, 0.5, round_to=1)
+    assert ("tuned", "computed by tuned: it has LoRA weights") not in report.frozen  # no neuron of it is known
+    assert_same(model, ks.shrink(model), random_inputs(model))
+
+
+def test_padding_to_an_aspect_ratio_is_no_constant():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(16, 3, padding="same", activation="sigmoid")(inputs)
+    x = layers.GlobalAveragePooling2D()(layers.Resizing(16, 8, pad_to_aspect_ratio=True)(x))
+    model = keras.Model(inputs, layers.Dense(2)(layers.Dense(8)(x)))
+    randomize(model, 1)
+    ks.prune_neurons(model, 0.5, round_to=1)
+    assert_same(model, ks.shrink(model), random_inputs(model))
+
+
+def test_an_adapted_vocabulary_is_kept():
+    lookup = layers.IntegerLookup(output_mode="one_hot")
+    lookup.adapt([3, 5, 7])
+    inputs = keras.Input((1,), dtype="int64")
+    model = keras.Model(inputs, layers.Dense(2)(layers.Dense(8)(lookup(inputs))))
+    ks.prune_neurons(model, 0.5, round_to=1)
+    assert_same(model, ks.shrink(model), [np.array([[3], [7], [9]])])
+
+
+def test_a_rule_that_returns_nothing_is_named(monkeypatch):
+    from keras_squeeze.pruning import channel_rules
+
+    monkeypatch.setattr(channel_rules, "_RULES", {**channel_rules._RULES, Scale: lambda layer, inputs, graph: None})
+    with pytest.raises(TypeError, match="scale: the channel rule of Scale must return"):
+        ks.prune_neurons(scaled_model(), 0.5)

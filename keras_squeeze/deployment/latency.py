@@ -30,7 +30,7 @@ class Latency:
     runs: int
 
     def __str__(self) -> str:
-        return f"{self.median_ms:.3f} ms (10 % below {self.p10_ms:.3f}, 10 % above {self.p90_ms:.3f}; {self.runs} runs)"
+        return f"{self.median_ms:.3g} ms (10 % below {self.p10_ms:.3g}, 10 % above {self.p90_ms:.3g}; {self.runs} runs)"
 
 
 def measure_latency(path_or_model, *, num_threads: int = 1, runs: int = 50) -> Latency:

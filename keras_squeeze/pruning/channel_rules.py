@@ -19,12 +19,16 @@ Rule = Callable[[keras.Layer, Sequence[Channels], ChannelGraph], Channels | Sequ
 
 _RULES: dict[type, Rule] = {}
 
+_COMPUTES = {"call", "__call__", "build", "convolution_op", "kernel", "activation"}
+"""A class that defines one of these may compute something else than the class that it derives from."""
+
 
 def register_channel_rule(layer_class: type, rule: Rule) -> None:
     """Teaches the channel graph a custom layer, so that neurons before, in and behind it can be removed.
 
     Args:
-        layer_class: The layer's class; layers that derive from it follow the rule, too.
+        layer_class: The layer's class; layers that derive from it follow the rule, too, unless they have a `build` or
+            `call` of their own.
         rule: A function `(layer, inputs, graph) -> output`: `inputs` is a list of `Channels`, one for each tensor;
             `output` is a `Channels` or a list of them. It tells the graph what the weights have to do with the
             neurons: `graph.follow(weight, axis, ids)` for a weight with an entry per channel,
@@ -62,11 +66,13 @@ def register_channel_rule(layer_class: type, rule: Rule) -> None:
 
 
 def find_rule(layer) -> Rule | None:
-    """The rule of a layer's class, or of the nearest class that it derives from."""
+    """The rule of a layer's class, or of one that it derives from without changing what it computes."""
     for base in type(layer).__mro__:
         rule = _RULES.get(base) or SHAPE_RULES.get(base)
         if rule:
             return rule
+        if not _COMPUTES.isdisjoint(vars(base)):
+            return None
     return None
 
 

@@ -63,20 +63,44 @@ def _run(functional, inputs: Sequence[Channels], graph: ChannelGraph, prefix: st
 
 def _call(layer, inputs: Sequence[Channels], shapes: list, graph: ChannelGraph) -> list[Channels]:
     """Takes channels through one call of a layer."""
+    graph.shapes = [tuple(shape) for shape in shapes]
+    reason = _special(layer, graph)
+    if reason:
+        return _opaque(inputs, graph, reason)
     inner = functional_of(layer)
     if inner is not None:
         entering = [graph.enter(tensor, channels) for tensor, channels in zip(inner.inputs, inputs, strict=True)]
         return _run(inner, entering, graph, f"{graph.path}/")
     if isinstance(layer, keras.layers.TimeDistributed) and all(channels.axis > 1 for channels in inputs):
         return _over_time(layer, inputs, shapes, graph)
-    graph.shapes = [tuple(shape) for shape in shapes]
     rule = find_rule(layer)
     if rule is None:
-        for channels in inputs:
-            graph.freeze(channels, f"read by {graph.path}: {type(layer).__name__} has no channel rule")
-        return [graph.opaque(shape, f"computed by {graph.path}, which has no channel rule") for shape in shapes]
+        return _opaque(inputs, graph, f"{type(layer).__name__} has no channel rule")
     outputs = rule(layer, list(inputs), graph)
-    return [outputs] if isinstance(outputs, Channels) else list(outputs)
+    outputs = [outputs] if isinstance(outputs, Channels) else outputs
+    if not (isinstance(outputs, (list, tuple)) and len(outputs) == len(shapes)):
+        raise TypeError(
+            f"{graph.path}: the channel rule of {type(layer).__name__} must return a `Channels` for each of its "
+            f"{len(shapes)} outputs. Received: {outputs!r}"
+        )
+    return list(outputs)
+
+
+def _special(layer, graph: ChannelGraph) -> str | None:
+    """Why a layer does not do what its class does."""
+    if graph.arguments[1].get("training"):
+        return "it is called with training=True"
+    if getattr(layer, "lora_enabled", False):
+        return "it has LoRA weights"
+    if getattr(layer, "quantization_mode", None):
+        return f"Keras has quantized it to {layer.quantization_mode}"
+    return None
+
+
+def _opaque(inputs, graph: ChannelGraph, reason: str) -> list[Channels]:
+    for channels in inputs:
+        graph.freeze(channels, f"read by {graph.path}: {reason}")
+    return [graph.opaque(shape, f"computed by {graph.path}: {reason}") for shape in graph.shapes]
 
 
 def _over_time(layer, inputs, shapes, graph) -> list[Channels]:

@@ -313,6 +313,12 @@ def prune_neurons(
     _apply(neurons, pruned, {})
     report = _report(neurons, pruned)
     report.frozen += selector.stuck
+    gone = np.count_nonzero(pruned) / neurons.prunable
+    if target.kind == "neurons" and abs(gone - target.value) > 0.01:
+        report.notes.append(
+            f"{gone:.1%} of the neurons are pruned and not {target.value:.1%}: round_to={round_to}, min_neurons="
+            f"{min_neurons} and max_layer_fraction={max_layer_fraction} allow nothing nearer"
+        )
     return report
 
 

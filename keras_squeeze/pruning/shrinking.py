@@ -1,6 +1,7 @@
 """`shrink`: removes dead neurons physically. Fewer channels, the same function, an ordinary Keras model."""
 
 import inspect
+import types
 from typing import Any
 
 import keras
@@ -22,8 +23,13 @@ def shrink(model: keras.Model) -> keras.Model:
         model: A built Functional or Sequential model. It stays as it is.
 
     Returns:
-        A new model of the same class with the same layer names, input and output shapes, compiled like the old one,
-        the optimizer's state included, so that training goes on without a jump.
+        A new model with the same layer names, input and output shapes, compiled like the old one, the optimizer's state
+        included, so that training goes on without a jump. It is of the same class where that is made like a
+        `keras.Model`, from inputs and outputs; attributes of your own are not copied, and a function of yours inside a
+        `Lambda` that reads variables goes on to read those of the old model.
+
+        A branch of a sum that is zero throughout goes as a whole. So shrink a network whose branches begin at zero
+        (`gamma_initializer="zeros"`) only after it was trained.
 
     Raises:
         TypeError: `model` is not a Keras model.
@@ -118,11 +124,14 @@ class _Rebuilder:
             return self.rebuild(layer)
         if isinstance(layer, keras.layers.Lambda):
             return _same_lambda(layer)
-        config = layer.get_config()
-        if isinstance(layer, keras.layers.Wrapper) and id(layer.layer) in self._graph.options:
-            config["layer"] = keras.saving.serialize_keras_object(self.layer(layer.layer))
-        elif isinstance(layer, keras.layers.TimeDistributed) and functional_of(layer.layer) is not None:
+        if type(layer) is keras.layers.TimeDistributed:
             return keras.layers.TimeDistributed(self.layer(layer.layer), name=layer.name, dtype=layer.dtype_policy)
+        if hasattr(layer, "get_vocabulary"):
+            return layer  # its table is in no config and in no weight
+        config = layer.get_config()
+        # A function of the user's need not be registered: the new layer gets the very same one.
+        functions = {name: getattr(layer, name, None) for name in config}
+        config.update((name, value) for name, value in functions.items() if isinstance(value, types.FunctionType))
         config.update((name, value) for name, value in self._options(layer) if name in config)
         return type(layer).from_config(config)
 
