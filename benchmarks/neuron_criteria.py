@@ -22,7 +22,7 @@ CRITERIA = ("l2", "l1", "batch_norm_scale", "geometric_median", "taylor", "apoz"
 
 @dataclass(frozen=True)
 class Plan:
-    train: int = 20_000
+    train: int = 15_000
     test: int = 10_000
     dense_epochs: int = 6
     pruning_epochs: int = 3
