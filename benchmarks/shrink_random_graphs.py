@@ -60,7 +60,7 @@ def main() -> None:
     rows = [
         ("graphs", f"{count:,}"),
         ("failed", f"{len(failed)}"),
-        ("largest difference, relative", f"{max(errors):.1e}"),
+        ("largest difference, relative", f"{max(errors, default=0.0):.1e}"),
         ("became smaller", f"{sum(share < 1 for share in left):,}"),
         ("parameters left, median", f"{np.median(left):.0%}"),
     ]
