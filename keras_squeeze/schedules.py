@@ -42,8 +42,8 @@ class Schedule:
     ):
         self.final = check_sparsity("final", final)
         self.initial = check_sparsity("initial", initial)
-        self.begin = _check_time("begin", begin)
-        self.end = _check_time("end", end)
+        self.begin = check_time("begin", begin)
+        self.end = check_time("end", end)
         if type(self.begin) is type(self.end) and self.begin > self.end:
             raise ValueError(_begin_after_end(begin, end))
         if frequency is not None and (isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1):
@@ -69,7 +69,7 @@ class Schedule:
         Raises:
             ValueError: a time is a fraction and the number of steps is not known, or `begin` is after `end`.
         """
-        begin, end = (_to_steps(time, total_steps) for time in (self.begin, self.end))
+        begin, end = (to_steps(time, total_steps) for time in (self.begin, self.end))
         if begin > end:
             raise ValueError(_begin_after_end(f"{self.begin!r} (step {begin})", f"{self.end!r} (step {end})"))
         return begin, end
@@ -356,7 +356,7 @@ def check_fires(schedule: Schedule, total_steps: int | None) -> None:
         )
 
 
-def _check_time(name: str, value) -> int | float:
+def check_time(name: str, value) -> int | float:
     if isinstance(value, bool) or not (hasattr(value, "__index__") or isinstance(value, float)):
         raise TypeError(
             f"`{name}` must be an int (optimizer steps) or a float in [0, 1] (fraction of the run). Received: {value!r}"
@@ -373,7 +373,7 @@ def _check_time(name: str, value) -> int | float:
     return float(value)
 
 
-def _to_steps(time: int | float, total_steps: int | None) -> int:
+def to_steps(time: int | float, total_steps: int | None) -> int:
     if isinstance(time, int):
         return time
     if time == 0.0:

@@ -7,7 +7,7 @@ a subclass of `Dense` is treated as a `Dense` until `register_layer` gives it a 
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -30,12 +30,14 @@ class CompressibleWeight:
         path: Path inside the model, such as `"encoder/attention/query/kernel"`.
         variable: The `keras.Variable` that stores it (never a computed tensor).
         input_axis: The axis that is summed over when the layer is applied; n:m patterns run along it.
+        channel_axes: The axes of the outputs, negative; a scale per channel has an entry for each of theirs.
     """
 
     name: str
     path: str
     variable: keras.Variable
     input_axis: int
+    channel_axes: tuple[int, ...] = (-1,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,26 +74,40 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of the table: `weights` maps attribute names to input axes (an int, or a function of the layer)."""
+    """One row of the table: `weights` maps attribute names to input axes (an int, or a function of the layer).
+
+    `channels` does the same for the axes of the outputs, where they are not the last axis.
+    """
 
     weights: Mapping[str, int | Callable[[Any], int]]
     macs: mac_formulas.MacFormula | None = None
+    channels: Mapping[str, tuple[int, ...] | Callable[[Any], tuple[int, ...]]] = field(default_factory=dict)
     whole: bool = False  # the weights are those of the layer's parts, which have rows themselves
     registered: bool = False  # by a user, so that a weight which is not there is a mistake
 
 
 def _contracted_axis(layer) -> int:
     """The last kernel axis that an `EinsumDense` equation sums over."""
-    operands, output = layer.equation.replace(" ", "").split("->")
-    kernel = operands.split(",")[1]
+    kernel, output = _einsum_letters(layer)
     return max((axis for axis, letter in enumerate(kernel) if letter not in output), default=0)
+
+
+def _einsum_channels(layer) -> tuple[int, ...]:
+    """The kernel axes that an `EinsumDense` equation keeps."""
+    kernel, output = _einsum_letters(layer)
+    return tuple(axis - len(kernel) for axis, letter in enumerate(kernel) if letter in output)
+
+
+def _einsum_letters(layer) -> tuple[str, str]:
+    operands, output = layer.equation.replace(" ", "").split("->")
+    return operands.split(",")[1], output
 
 
 def _built_in_table() -> dict[type, _Row]:
     layers = keras.layers
     table: dict[type, _Row] = {
         layers.Dense: _Row({"kernel": -2}, mac_formulas.dense),
-        layers.EinsumDense: _Row({"kernel": _contracted_axis}, mac_formulas.einsum),
+        layers.EinsumDense: _Row({"kernel": _contracted_axis}, mac_formulas.einsum, {"kernel": _einsum_channels}),
         layers.Embedding: _Row({"embeddings": -2, "reverse_embeddings": -2}, mac_formulas.embedding),
         layers.MultiHeadAttention: _Row({}, mac_formulas.multi_head_attention, whole=True),
         layers.GroupQueryAttention: _Row({}, mac_formulas.grouped_query_attention, whole=True),
@@ -102,12 +118,12 @@ def _built_in_table() -> dict[type, _Row]:
     for convolution in (layers.Conv1D, layers.Conv2D, layers.Conv3D):
         table[convolution] = _Row({"kernel": -2}, mac_formulas.convolution)
     for transposed in (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose):
-        table[transposed] = _Row({"kernel": -1}, mac_formulas.transposed_convolution)
+        table[transposed] = _Row({"kernel": -1}, mac_formulas.transposed_convolution, {"kernel": (-2,)})
     for depthwise in (layers.DepthwiseConv1D, layers.DepthwiseConv2D):
-        table[depthwise] = _Row({"kernel": -2}, mac_formulas.depthwise_convolution)
+        table[depthwise] = _Row({"kernel": -2}, mac_formulas.depthwise_convolution, {"kernel": (-2, -1)})
     for separable in (layers.SeparableConv1D, layers.SeparableConv2D):
         kernels = {"depthwise_kernel": -2, "pointwise_kernel": -2}
-        table[separable] = _Row(kernels, mac_formulas.separable_convolution)
+        table[separable] = _Row(kernels, mac_formulas.separable_convolution, {"depthwise_kernel": (-2, -1)})
     for recurrent in (layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D):
         table[recurrent] = _Row({}, mac_formulas.recurrent_convolution, whole=True)
     for name in (
@@ -190,6 +206,18 @@ def find_layers(model: keras.Model) -> Selection:
     finder.add(model, _row(model), model.name, ())
     finder.visit(model, "", ())
     return finder.selection()
+
+
+def layer_weights(layer: keras.Layer) -> tuple[list[CompressibleWeight], list[tuple[str, str]]]:
+    """The compressible weights of one built layer and of the layers in it, and `(path, reason)` of those skipped."""
+    finder = _Finder()
+    row = _row(layer)
+    finder.add(layer, row, layer.name, ())
+    if row is None or not row.whole:
+        finder.visit(layer, f"{layer.name}/", ())
+    found = finder.selection()
+    weights = [replace(weight, name=weight.path[len(layer.name) + 1 :]) for weight in found.weights]
+    return weights, list(found.skipped)
 
 
 def select_layers(model: keras.Model, layers: Layers = None, *, trainable_only: bool = False) -> Selection:
@@ -325,8 +353,14 @@ class _Finder:
                 if reason:
                     self.skipped.append((f"{path}/{prefix}{name}", reason))
                     continue
-                input_axis = axis(layer) if callable(axis) else axis
-                yield CompressibleWeight(f"{prefix}{name}", f"{path}/{prefix}{name}", variable, input_axis)
+                channels = row.channels.get(name, (-1,))
+                yield CompressibleWeight(
+                    f"{prefix}{name}",
+                    f"{path}/{prefix}{name}",
+                    variable,
+                    axis(layer) if callable(axis) else axis,
+                    channels(layer) if callable(channels) else channels,
+                )
 
 
 def _underlying(layer, name: str):

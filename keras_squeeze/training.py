@@ -120,10 +120,8 @@ class FitRun:
         self._step = 0  # known for sure
         self._batches = 0  # executed since `_step` was known
         # Constraints and wrappers are traced with the training step, so it must not have been traced yet.
-        self._model.make_train_function(force=True)
-        self._train_function = self._model.train_function
         self._iterator: Any = None
-        self._model.train_function = self._train_and_advance
+        self.trace_anew()
 
     @classmethod
     def join(cls, callback: CompressionCallback) -> "FitRun":
@@ -175,6 +173,12 @@ class FitRun:
                 known = found.setdefault(name, {})
                 known.update((key, max(pair, known.get(key, pair))) for key, pair in parts.items())
         return {name: fraction(parts) for name, parts in found.items()}
+
+    def trace_anew(self) -> None:
+        """Traces the training step again before the next one runs: what a callback changed is not in the graph."""
+        self._model.make_train_function(force=True)
+        self._train_function = self._model.train_function
+        self._model.train_function = self._train_and_advance
 
     def leave(self, callback: CompressionCallback) -> None:
         """Ends a callback's part; the last one gives the model its own training step back."""

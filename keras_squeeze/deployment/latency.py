@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from keras_squeeze.selection import require_tensorflow
+from keras_squeeze.deployment.litert import convert
 
 _WARM_UP_RUNS = 5
 
@@ -84,31 +84,6 @@ def prepare(path_or_model, *, num_threads: int = 1):
     if not path.is_file():
         raise ValueError(f"There is no file {path}. Pass the path of a .tflite file or a `keras.Model`.")
     return _invoker(path, num_threads)
-
-
-def convert(model: keras.Model) -> bytes:
-    """The model as a `.tflite` file with a batch of one, in the precision that it has.
-
-    Raises:
-        ValueError: it is not built, or leaves a size of its inputs open.
-    """
-    import tensorflow as tf
-
-    require_tensorflow()
-    inputs = getattr(model, "inputs", None)
-    if not inputs:
-        raise ValueError(f"Model '{model.name}' has no inputs of a known shape: build it with `keras.Input(shape)`.")
-    for tensor in inputs:
-        if None in tensor.shape[1:]:
-            raise ValueError(
-                f"Input '{tensor.name}' of model '{model.name}' has shape {tensor.shape}: a latency depends on every "
-                "size. Rebuild the model with an input of a fixed shape."
-            )
-    specs = [tf.TensorSpec((1, *tensor.shape[1:]), tensor.dtype, name=tensor.name) for tensor in inputs]
-    structure = getattr(model, "_inputs_struct", None)
-    packed = keras.tree.pack_sequence_as(structure, specs) if structure is not None else specs[0]
-    function = tf.function(lambda tensors: model(tensors, training=False)).get_concrete_function(packed)
-    return tf.lite.TFLiteConverter.from_concrete_functions([function]).convert()
 
 
 def _invoker(path: pathlib.Path, num_threads: int):

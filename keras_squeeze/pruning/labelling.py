@@ -1,12 +1,12 @@
 """Takes the channels of a model's inputs through its layers, and so builds the channel graph."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import keras
 import numpy as np
 
+from keras_squeeze.graphs import functional_of, nodes_of, require_graph
 from keras_squeeze.pruning.channel_rules import find_rule
 from keras_squeeze.pruning.channels import ChannelGraph, Channels
 
@@ -23,29 +23,17 @@ def trace(model: keras.Model, *, inexact: bool = False, assumed: np.ndarray | No
         TypeError: `model` is not a Keras model.
         ValueError: the model has no graph: it is not built, or it is subclassed.
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: {model!r} of type {type(model).__name__}")
     graph = ChannelGraph(inexact, assumed)
-    functional = functional_of(model)
-    if functional is None:
-        raise ValueError(_no_graph(model))
+    functional = require_graph(
+        model,
+        "So neurons cannot be removed from it. Build it with the functional API (keras.Model(inputs, outputs)), or "
+        "take "
+        "its functional parts one by one.",
+    )
     inputs = [graph.opaque(tensor.shape, "input of the model") for tensor in functional.inputs]
     for channels in _run(functional, inputs, graph, ""):
         graph.freeze(channels, "output of the model")
     return graph
-
-
-def nodes_of(functional) -> Iterator[Any]:
-    """The calls of a functional model, each after those that it needs, without its inputs."""
-    for depth in sorted(functional._nodes_by_depth, reverse=True):
-        yield from (node for node in functional._nodes_by_depth[depth] if not node.is_input)
-
-
-def functional_of(layer):
-    """The functional model that a layer is or, if it is a Sequential model, has; else None."""
-    if isinstance(layer, keras.Sequential):
-        return layer._functional
-    return layer if isinstance(layer, keras.Model) and hasattr(layer, "_nodes_by_depth") else None
 
 
 def _run(functional, inputs: Sequence[Channels], graph: ChannelGraph, prefix: str) -> list[Channels]:
@@ -109,16 +97,3 @@ def _over_time(layer, inputs, shapes, graph) -> list[Channels]:
     graph.path = f"{graph.path}/{layer.layer.name}"
     outputs = _call(layer.layer, steps, [(shape[0], *shape[2:]) for shape in shapes], graph)
     return [replace(y, shape=tuple(shape), axis=y.axis + 1) for y, shape in zip(outputs, shapes, strict=True)]
-
-
-def _no_graph(model) -> str:
-    if isinstance(model, keras.Sequential):
-        return (
-            f"Model '{model.name}' is not built, so it has no neurons yet. Begin it with `keras.Input(shape)`, call "
-            "`model.build(input_shape)`, or call it on a batch of data."
-        )
-    return (
-        f"Model '{model.name}' of class {type(model).__name__} is subclassed: Keras knows its layers, but not how they "
-        "are connected, so neurons cannot be removed from it. Build it with the functional API "
-        "(keras.Model(inputs, outputs)), or take its functional parts one by one."
-    )

@@ -1,0 +1,281 @@
+"""`export`: a model as a `.tflite` file that was loaded, run and compared with the model before it counts."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+
+import keras
+import numpy as np
+
+from keras_squeeze.criteria import batches
+from keras_squeeze.quantization.conversion import calibrate, finalize, quantize_aware
+from keras_squeeze.quantization.fake_quantize import FakeQuantize, converting
+from keras_squeeze.quantization.wrapper import QuantizeAware
+from keras_squeeze.selection import require_tensorflow
+
+PRECISIONS = ("float32", "int8")
+
+_SAMPLES = 16
+_KERNELS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "CONV_3D")
+_EDGES = ("QUANTIZE", "DEQUANTIZE")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written, and how it compares with the model.
+
+    Attributes:
+        path: The file.
+        num_bytes: Its size.
+        precision: `"float32"` or `"int8"`.
+        max_abs_error: The largest difference between the file's outputs and the model's, over the sample inputs.
+        agreement: Fraction of the sample inputs for which the largest output is the same one.
+        float_ops: Operations that compute in float although the file is int8, but for the conversion at its ends.
+    """
+
+    path: pathlib.Path
+    num_bytes: int
+    precision: str
+    max_abs_error: float
+    agreement: float
+    float_ops: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        left = f"; in float: {', '.join(self.float_ops)}" if self.float_ops else ""
+        return (
+            f"{self.path}: {self.num_bytes:,} bytes, {self.precision}, largest difference to the model "
+            f"{self.max_abs_error:.3g}, same answer for {self.agreement:.1%} of the sample inputs{left}"
+        )
+
+
+def export(
+    model: keras.Model, path, *, precision: str | None = None, calibration_data=None, allow_float: bool = False
+) -> ExportResult:
+    """Writes a model as a `.tflite` file for LiteRT, loads it, runs it, and compares it with the model.
+
+    Args:
+        model: A built Functional or Sequential model, with or without quantizers.
+        path: Where the file goes; its name ends in `.tflite`. What is there is replaced only once the new file is known
+            to run.
+        precision: None: as trained, which is `"int8"` for a model with quantizers and `"float32"` for another.
+            `"float32"`: weights and activations in float; weights of a model with quantizers are on their grids.
+            `"int8"`: of a model with quantizers the very integers that it was trained with; of another one, quantized
+            after training with the ranges that it has on `calibration_data`.
+        calibration_data: Inputs: an array, `(x, y)`, or a `tf.data.Dataset` of batches. The comparison uses the first
+            of them; without, random numbers within the range of the inputs.
+        allow_float: Whether quantized layers may compute in float where the converter has no integer kernel for them.
+
+    Returns:
+        An `ExportResult`; print it.
+
+    Raises:
+        TypeError, ValueError: no such model, precision or file name; int8 without ranges; a quantized layer that was
+            left in float. An earlier file at `path` is then as it was.
+
+    Example:
+
+    ```python
+    print(ks.export(q, "model.tflite"))
+    ```
+    """
+    require_tensorflow()
+    path = pathlib.Path(path)
+    _check(model, path, precision)
+    quantized = _has_quantizers(model)
+    precision = precision or ("int8" if quantized else "float32")
+    if precision == "float32" and quantized:
+        model = finalize(model, activations="drop")
+    if precision == "int8" and not quantized:
+        if calibration_data is None:
+            raise ValueError(
+                f"Model '{model.name}' has no quantizers, so int8 needs to know the ranges of its activations. Pass "
+                "calibration_data=inputs, or train what keras_squeeze.quantize_aware(model) returns."
+            )
+        model = quantize_aware(model)
+        calibrate(model, calibration_data)
+    content = convert(model, integers=precision == "int8")
+    samples = _samples(model, calibration_data)
+    error, agreement, float_ops = _compare(content, model, samples)
+    float_ops = float_ops if precision == "int8" else []
+    kernels = [name for name in float_ops if name.split(" ")[0] in _KERNELS]
+    if kernels and not allow_float:
+        raise ValueError(
+            f"Model '{model.name}': quantized layers would compute in float: {', '.join(kernels)}. Nothing was "
+            "written. "
+            "Leave these layers out of quantize_aware(layers=...), or pass allow_float=True."
+        )
+    _write(path, content)
+    return ExportResult(path, len(content), precision, error, agreement, float_ops)
+
+
+def convert(model: keras.Model, *, integers: bool = False) -> bytes:
+    """The model as the content of a `.tflite` file with a batch of one.
+
+    Raises:
+        ValueError: it is not built, or leaves a size of its inputs open.
+    """
+    import tensorflow as tf
+
+    require_tensorflow()
+    inputs = getattr(model, "inputs", None)
+    if not inputs:
+        raise ValueError(f"Model '{model.name}' has no inputs of a known shape: build it with `keras.Input(shape)`.")
+    for tensor in inputs:
+        if None in tensor.shape[1:]:
+            raise ValueError(
+                f"Input '{tensor.name}' of model '{model.name}' has shape {tensor.shape}: a file needs to know every "
+                "size. "
+                "Rebuild the model with an input of a fixed shape."
+            )
+    specs = [tf.TensorSpec((1, *tensor.shape[1:]), tensor.dtype, name=tensor.name) for tensor in inputs]
+    structure = getattr(model, "_inputs_struct", None)
+    packed = keras.tree.pack_sequence_as(structure, specs) if structure is not None else specs[0]
+
+    def predict(tensors):
+        if not integers:
+            return model(tensors, training=False)
+        with converting():
+            return model(tensors, training=False)
+
+    function = tf.function(predict).get_concrete_function(packed)
+    with _quiet():
+        # Without a second argument, the model: it would leave variables in the graph, and LiteRT compute nonsense.
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
+    if integers:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    with _quiet():
+        return converter.convert()
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps back what the converter says to all who do not give it a model, or data for its own quantization."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check(model, path: pathlib.Path, precision) -> None:
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a `keras.Model`. Received: {model!r} of type {type(model).__name__}")
+    if path.suffix != ".tflite":
+        raise ValueError(f"`path` must end in .tflite. Received: {str(path)!r}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"There is no directory {path.absolute().parent} for `path`. Make it first.")
+    if precision is not None and precision not in PRECISIONS:
+        known = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"`precision` must be None or one of {known}. Received: precision={precision!r}")
+
+
+def _has_quantizers(model) -> bool:
+    return any(isinstance(layer, (QuantizeAware, FakeQuantize)) for layer in model._flatten_layers())
+
+
+def _samples(model, data) -> list[np.ndarray]:
+    """A few examples for each input of the model."""
+    if data is not None:
+        x = next(iter(batches(data, 1)))[0]
+        return [keras.ops.convert_to_numpy(part)[:_SAMPLES] for part in keras.tree.flatten(x)]
+    rng = np.random.default_rng(0)
+    return [_random(model, tensor, rng) for tensor in model.inputs]
+
+
+def _random(model, tensor, rng) -> np.ndarray:
+    shape = (_SAMPLES, *tensor.shape[1:])
+    readers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Embedding)]
+    if not keras.backend.is_float_dtype(tensor.dtype) or readers:
+        vocabulary = min((layer.input_dim for layer in readers), default=2)
+        return rng.integers(vocabulary, size=shape).astype(tensor.dtype)
+    ranges = [
+        keras.ops.convert_to_numpy(layer.range_state)
+        for layer in model._flatten_layers()
+        if isinstance(layer, FakeQuantize)
+        and layer.name == f"quantized_{tensor._keras_history[0].name}"
+        and layer.range_state is not None
+        and layer.range_state.ndim
+    ]
+    low, high = ranges[0] if ranges else (0.0, 1.0)
+    return rng.uniform(low, high, shape).astype(tensor.dtype)
+
+
+def _compare(content: bytes, model, samples) -> tuple[float, float, list[str]]:
+    """The largest difference, the fraction of equal answers, and the operations in float."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    try:
+        interpreter = Interpreter(model_content=content)
+        interpreter.allocate_tensors()
+    except (RuntimeError, ValueError) as problem:
+        raise ValueError(f"LiteRT cannot run what the converter made of model '{model.name}': {problem}") from None
+    structure = getattr(model, "_inputs_struct", None)
+    batch = keras.tree.pack_sequence_as(structure, samples) if structure is not None else samples[0]
+    expected = [keras.ops.convert_to_numpy(part) for part in keras.tree.flatten(model(batch, training=False))]
+    details = interpreter.get_input_details()
+    order = [_place_of(detail["name"], model.inputs, index) for index, detail in enumerate(details)]
+    error, same, count = 0.0, 0, 0
+    for index in range(len(samples[0])):
+        for place, detail in zip(order, details, strict=True):
+            interpreter.set_tensor(detail["index"], samples[place][index : index + 1].astype(detail["dtype"]))
+        interpreter.invoke()
+        actual = [interpreter.get_tensor(detail["index"]) for detail in _outputs_in_order(interpreter, expected)]
+        for wanted, got in zip(expected, actual, strict=True):
+            wanted = wanted[index : index + 1]
+            error = max(error, float(np.abs(got.astype("float64") - wanted).max()))
+            same += bool(np.all(got.argmax(-1) == wanted.argmax(-1)))
+            count += 1
+    return error, same / count, _float_ops(content)
+
+
+def _place_of(name: str, inputs, default: int) -> int:
+    """Which input of the model one of the file is; the converter may change their order."""
+    names = [tensor.name for tensor in inputs]
+    matches = [
+        place for place, known in enumerate(names) if name in (known, f"serving_default_{known}:0", f"{known}:0")
+    ]
+    return matches[0] if matches else default
+
+
+def _outputs_in_order(interpreter, expected):
+    """The file's outputs in the order of the model's; outputs called Identity, Identity_1, ... come sorted by name."""
+    details = interpreter.get_output_details()
+    return sorted(details, key=lambda detail: (len(detail["name"]), detail["name"])) if len(details) > 1 else details
+
+
+def _float_ops(content: bytes) -> list[str]:
+    """`OPERATION name of its output` of everything that gives floats, but for the conversion at the ends."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES  # a delegate would hide operations
+    interpreter = Interpreter(model_content=content, experimental_op_resolver_type=plain)
+    tensors = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
+    left = []
+    for operation in interpreter._get_ops_details():
+        outputs = [tensors[index] for index in operation["outputs"] if index in tensors]
+        if operation["op_name"] not in _EDGES and any(np.issubdtype(x["dtype"], np.floating) for x in outputs):
+            left.append(f"{operation['op_name']} {outputs[0]['name']}")
+    return left
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+    """Writes all or nothing."""
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        pathlib.Path(name).unlink(missing_ok=True)
+        raise

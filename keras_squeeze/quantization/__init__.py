@@ -1,0 +1,1 @@
+"""Quantization-aware training: weights and activations are rounded to a grid while the model learns."""

@@ -1,0 +1,368 @@
+"""`quantize_aware` wraps a model's layers for quantization-aware training; `finalize` gives the plain model back."""
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_squeeze.criteria import batches
+from keras_squeeze.graphs import Rebuilder, compile_like, copy_layer, functional_of, nodes_of, require_graph
+from keras_squeeze.quantization import placement as placing
+from keras_squeeze.quantization import quantizers
+from keras_squeeze.quantization.fake_quantize import FakeQuantize
+from keras_squeeze.quantization.placement import Placement
+from keras_squeeze.quantization.quantizers import Affine, Binary, Quantizer
+from keras_squeeze.quantization.wrapper import QuantizeAware
+from keras_squeeze.selection import (
+    CompressibleLayer,
+    Layers,
+    check_finite,
+    compile_patterns,
+    read,
+    require_tensorflow,
+    select_layers,
+)
+
+_EDGE_BITS = 8
+_LOW_BITS = 4  # below it, the first and the last layer keep `_EDGE_BITS`
+_PRUNED = 0.001  # a larger part of zeros is no accident
+
+
+def quantize_aware(model: keras.Model, weights="int8", activations="default", *, layers: Layers = None) -> keras.Model:
+    """Copies a model for quantization-aware training: the same weights, seen through a grid.
+
+    Layers with weights are wrapped in `QuantizeAware`. Quantizers of activations stand where integer kernels round:
+    after a convolution or product with its batch normalization and ReLU, after sums, concatenations and mean pooling,
+    and at the inputs of the model. An activation that integer kernels compute apart, such as a softmax, becomes a layer
+    of its own with a quantizer before it.
+
+    With fewer than 4 bits, the first and the last layer keep 8 bits, where they have most to lose, if other layers are
+    left; a dict for `weights` says exactly which layer gets what.
+
+    Args:
+        model: A built Functional or Sequential model, nested ones included. It stays as it is.
+        weights: A quantizer or its name: `"int8"`, `"int4"`, `"int2"`, `"fixed8"` (any number of bits from 2 to 16),
+            `"ternary"`, `"binary"`, `"binary_connect"`, `"xnor"`; or `{regular expression: quantizer or name}`, where a
+            layer takes the first expression that is found in its path, and layers that none matches stay in float.
+        activations: A quantizer or its name; None quantizes weights only. By default `"int8"`, and None where `weights`
+            is `"xnor"`.
+        layers: Which layers, as in `MagnitudePruning`.
+
+    Returns:
+        A new model, not compiled. Compile and fit it like any other; `finalize` and `export` end the way.
+
+    Raises:
+        TypeError, ValueError: before anything is built: a model that is not built, subclassed or quantized already, an
+            unknown name, a selection that matches nothing, weights that are not finite, pruned weights on a grid
+            without zero, or binary inputs of which every sign would be the same. The message names the layer.
+
+    Example:
+
+    ```python
+    q = ks.quantize_aware(model)
+    q.compile("adam", loss, metrics=["accuracy"])
+    q.fit(x, y, callbacks=[ks.QuantizationSchedule(delay=0.1, freeze=0.8)])
+    ```
+
+    Reference: Jacob et al. 2018, https://arxiv.org/abs/1712.05877
+    """
+    require_tensorflow()
+    functional = require_graph(
+        model,
+        "Wrap its layers where they are made instead: self.dense = "
+        "keras_squeeze.QuantizeAware(keras.layers.Dense(10)).",
+    )
+    wrapped = [layer.name for layer in model._flatten_layers() if isinstance(layer, (QuantizeAware, FakeQuantize))]
+    if wrapped:
+        raise ValueError(f"Model '{model.name}' is quantization-aware already: {', '.join(wrapped[:5])}.")
+    selection = select_layers(model, layers)
+    check_finite(selection.weights)
+    chosen = _choose(weights, selection.layers)
+    units = _units(functional, chosen)
+    if not isinstance(weights, dict):
+        _keep_the_ends(model, units)
+    binary = [layer for layer, quantizer in units.values() if isinstance(quantizer, Binary) and quantizer.inputs]
+    if activations == "default":
+        activations = None if binary else "int8"
+    activations = quantizers.get(activations)
+    if activations is not None:
+        activations.for_activations()  # refuses what is for weights only
+    placement = placing.place(model, [layer for layer, _ in units.values()], binary)
+    _check_zeros(selection, chosen, units)
+    wrapper = _Wrapper(model, units, activations, placement)
+    result = wrapper.rebuild(model)
+    for old, new in wrapper.variables():
+        new.assign(read(old))
+    for layer in result._flatten_layers():
+        if isinstance(layer, QuantizeAware):
+            layer.begin()
+        elif isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
+    _warn_of_float(model, selection, placement if activations is not None else None)
+    return result
+
+
+def finalize(model: keras.Model, *, activations: str = "keep") -> keras.Model:
+    """Takes the wrappers off: an ordinary model whose weights are on their grids.
+
+    Args:
+        model: A model with `QuantizeAware` layers, Functional or Sequential. It stays as it is.
+        activations: `"keep"` leaves the quantizers of activations in, as `FakeQuantize` layers, so that predictions
+            stay the same (a layer with binary inputs then stays wrapped, too); `"drop"` leaves nothing of this package
+            in the model, under the layer names of the original one.
+
+    Returns:
+        A new model, compiled like the old one if that was.
+
+    Raises:
+        TypeError, ValueError: no such model, or `activations` is neither.
+
+    Example:
+
+    ```python
+    plain = ks.finalize(q)
+    plain.save("model.keras")
+    ```
+    """
+    if activations not in ("keep", "drop"):
+        raise ValueError(f'`activations` must be "keep" or "drop". Received: activations={activations!r}')
+    require_graph(model, "Take the wrapped layers out by hand: `wrapper.layer`, `wrapper.quantized_values()`.")
+    if not any(isinstance(layer, (QuantizeAware, FakeQuantize)) for layer in model._flatten_layers()):
+        raise ValueError(
+            f"Model '{model.name}' has no `QuantizeAware` layers. Make one: keras_squeeze.quantize_aware(model)."
+        )
+    finalizer = _Finalizer(model, keep=activations == "keep")
+    result = finalizer.rebuild(model)
+    new_of = {}
+    for old, new in finalizer.variables():
+        new.assign(read(old))
+        new_of[id(old)] = new
+    for layer in model._flatten_layers():
+        if isinstance(layer, QuantizeAware):
+            for variable, values in layer.quantized_values():
+                if id(variable) not in new_of:
+                    raise ValueError(
+                        f"'{layer.name}' is wrapped inside of another layer, which cannot be taken apart. Wrap the "
+                        "outer "
+                        "one instead: QuantizeAware(TimeDistributed(layer))."
+                    )
+                new_of[id(variable)].assign(values)
+        elif isinstance(layer, keras.layers.Normalization):
+            new_of and [new.finalize_state() for new in result._flatten_layers() if new.name == layer.name]
+    compile_like(model, result)
+    return result
+
+
+def calibrate(model: keras.Model, data, *, num_batches: int | None = None) -> None:
+    """Measures the ranges of activations on data, without training: quantization after training.
+
+    Args:
+        model: What `quantize_aware` returned.
+        data: Inputs: an array, `(x, y)`, or a `tf.data.Dataset` of batches.
+        num_batches: How many batches to look at; None: all.
+
+    Raises:
+        ValueError: `data` is empty, or the model has no quantizers.
+    """
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, FakeQuantize)]
+    if not layers:
+        raise ValueError(f"Model '{model.name}' has no quantizers to calibrate.")
+    for layer in layers:
+        layer.observing = layer.channels is None
+        if layer.observing:
+            layer.reset()
+    try:
+        for x, _, _ in batches(data, num_batches):
+            model(x, training=False)
+    finally:
+        for layer in layers:
+            layer.observing = False
+
+
+Units = dict[int, tuple[keras.Layer, Quantizer]]
+"""The layers that get a wrapper, and how their weights are quantized, by identity."""
+
+
+def _choose(weights, found) -> list[tuple[CompressibleLayer, Quantizer]]:
+    """The quantizer of every selected layer that gets one."""
+    if not isinstance(weights, dict):
+        quantizer = quantizers.get(weights)
+        if quantizer is None:
+            raise ValueError("`weights` must be a quantizer or its name. Received: weights=None")
+        return [(entry, quantizer) for entry in found]
+    patterns = list(zip(compile_patterns(weights), map(quantizers.get, weights.values()), strict=True))
+    matches = [(entry, next((q for pattern, q in patterns if pattern.search(entry.path)), None)) for entry in found]
+    unused = [p.pattern for p, _ in patterns if not any(p.search(entry.path) for entry in found)]
+    if unused:
+        raise ValueError(
+            f"`weights`: no selected layer matches {', '.join(map(repr, unused))}. Layers: "
+            f"{', '.join(entry.path for entry in found)}."
+        )
+    return [(entry, quantizer) for entry, quantizer in matches if quantizer is not None]
+
+
+def _units(functional, chosen) -> Units:
+    """What the model calls for each selected layer: the layer itself, or the `TimeDistributed`, ... around it."""
+    by_layer = {id(entry.layer): quantizer for entry, quantizer in chosen}
+    units: Units = {}
+    for node in nodes_of(functional):
+        layer = node.operation
+        if functional_of(layer) is not None:
+            units.update(_units(functional_of(layer), chosen))
+        elif isinstance(layer, keras.layers.Layer):
+            inside = [by_layer[id(part)] for part in layer._flatten_layers() if id(part) in by_layer]
+            if inside:
+                units[id(layer)] = layer, inside[0]
+    return units
+
+
+def _keep_the_ends(model, units: Units) -> None:
+    """Gives the first and the last layer 8 bits where they would get few, and where others are left that do."""
+    ends = placing.find_ends(model, [layer for layer, _ in units.values()])
+    if units.keys() <= ends:
+        return
+    for id_ in ends:
+        layer, quantizer = units[id_]
+        if quantizer.bits < _LOW_BITS:
+            units[id_] = layer, Affine(_EDGE_BITS)
+
+
+def _check_zeros(selection, chosen, units: Units) -> None:
+    paths = []
+    quantizer_of = {id(part): q for layer, q in units.values() for part in layer._flatten_layers()}
+    for entry, _ in chosen:
+        if not quantizer_of[id(entry.layer)].has_zero:
+            for weight in entry.weights:
+                zeros = np.mean(read(weight.variable) == 0)
+                paths += [f"{weight.path} ({zeros:.0%} zeros)"] if _PRUNED < zeros < 1 else []
+    if paths:
+        raise ValueError(
+            f"Pruned weights would not stay zero on a binary grid, which has none: {', '.join(paths)}. Use "
+            'weights="ternary", or give these layers another quantizer: weights={regular expression: quantizer}.'
+        )
+
+
+def _warn_of_float(model, selection, placement: Placement | None) -> None:
+    left = [f"{path} (not in the layer table: keras_squeeze.register_layer)" for path in selection.unknown]
+    left += [path for path, _ in placement.left.values()] if placement else []
+    if left:
+        warnings.warn(f"Model '{model.name}': left in float: {', '.join(left)}.", stacklevel=3)
+
+
+class _Wrapper(Rebuilder):
+    """Puts wrappers around layers and quantizers behind them."""
+
+    def __init__(self, model, units: Units, activations: Quantizer | None, placement: Placement):
+        super().__init__()
+        self._units, self._activations, self._placement = units, activations, placement
+        self._inputs = {id(tensor._keras_history[0]) for tensor in model.inputs}
+        self._added: dict[int, list[keras.Layer]] = {}
+
+    def make(self, layer):
+        if id(layer) not in self._units:
+            return super().make(layer)
+        weights = self._units[id(layer)][1]
+        if self._splits(layer):
+            return QuantizeAware(copy_layer(layer, {"activation": "linear"}), weights, self._activations)
+        return QuantizeAware(copy_layer(layer), weights, self._output_quantizer(layer))
+
+    def skips(self, operation):
+        return id(operation) in self._placement.bypassed
+
+    def following(self, layer):
+        if id(layer) not in self._added:
+            self._added[id(layer)] = self._make_following(layer)
+        return self._added[id(layer)]
+
+    def counterparts(self, old, new):
+        return old, new.layer if isinstance(new, QuantizeAware) else new
+
+    def _splits(self, layer) -> bool:
+        return (
+            self._activations is not None
+            and id(layer) in self._units
+            and placing.splits(layer)
+            and not _is_composite(layer)
+        )
+
+    def _make_following(self, layer):
+        extra: list[keras.Layer] = []
+        dtype = getattr(layer, "dtype_policy", None)
+        if self._splits(layer):
+            extra.append(keras.layers.Activation(layer.activation, name=f"{layer.name}_activation", dtype=dtype))
+        elif id(layer) in self._units:
+            return extra
+        quantizer = self._output_quantizer(layer)
+        if quantizer is not None:
+            name = extra[0].name if extra else layer.name
+            extra.append(FakeQuantize(quantizer, name=f"quantized_{name}", dtype=dtype))
+        return extra
+
+    def _output_quantizer(self, layer) -> Quantizer | None:
+        signed = self._placement.quantized.get(id(layer))
+        if self._activations is None or signed is None:
+            return None
+        quantizer = self._activations
+        fixed = placing.FIXED_RANGES.get(placing.activation_name(layer) or "")
+        if fixed is not None and quantizer == Affine(_EDGE_BITS):
+            return replace(quantizer, range=fixed).for_activations()
+        return quantizer.for_activations(signed=signed)
+
+
+class _Finalizer(Rebuilder):
+    """Takes wrappers off; quantizers of activations stay or go."""
+
+    def __init__(self, model, *, keep: bool):
+        super().__init__()
+        self._keep = keep
+        self._added: dict[int, list[keras.Layer]] = {}
+        self._activations: dict[int, Any] = {}  # of layers that were split, and are joined again
+        self._joined: set[int] = set()
+        if not keep:
+            self._join(model)
+
+    def make(self, layer):
+        if not isinstance(layer, QuantizeAware) or self._stays(layer):
+            return super().make(layer)
+        activation = self._activations.get(id(layer))
+        return copy_layer(layer.layer, {"activation": activation} if activation else None)
+
+    def skips(self, operation):
+        return id(operation) in self._joined or (isinstance(operation, FakeQuantize) and not self._keep)
+
+    def following(self, layer):
+        if not (self._keep and isinstance(layer, QuantizeAware) and layer.output_quantizer) or self._stays(layer):
+            return []
+        if id(layer) not in self._added:
+            quantize = layer.output_quantizer
+            extra = FakeQuantize.from_config({**quantize.get_config(), "name": layer.name})
+            self._added[id(layer)] = [extra]
+            self._made[id(quantize)] = quantize, extra
+        return self._added[id(layer)]
+
+    def counterparts(self, old, new):
+        return (old.layer, new) if isinstance(old, QuantizeAware) and not self._stays(old) else (old, new)
+
+    def _stays(self, layer) -> bool:
+        return self._keep and layer.binary_inputs is not None
+
+    def _join(self, model) -> None:
+        for node, reader in placing.only_reader(model):
+            layer = node.operation
+            if functional_of(layer) is not None:
+                self._join(layer)
+            elif isinstance(layer, QuantizeAware) and _is_split_off(reader, layer):
+                self._activations[id(layer)] = reader.activation
+                self._joined.add(id(reader))
+
+
+def _is_split_off(reader, layer: QuantizeAware) -> bool:
+    """Whether a layer is the activation that `quantize_aware` took from another one."""
+    return isinstance(reader, keras.layers.Activation) and reader.name == f"{layer.layer.name}_activation"
+
+
+def _is_composite(layer) -> bool:
+    """A layer made of others may use its activation anywhere."""
+    return bool(layer._layers)
