@@ -3,17 +3,20 @@
 import html
 import io
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_squeeze.grids import Grid, find_grid
 from keras_squeeze.selection import Variable, _row, _underlying, find_layers, mac_formula, read
 from keras_squeeze.tracing import MacCount, count_macs
 
 _CHUNK = 1 << 22
+_GRIDS: dict[type, Callable[[Any], dict[int, Grid]]] = {}
 _LISTED = 5
 _WIDTH = 120
 _COLUMNS = ("layer", "kind", "parameters", "sparsity", "bits", "size", "compressed", "MACs", "effective")
@@ -30,13 +33,19 @@ class LayerReport:
         parameters: Number of values in all its weights; a weight that two layers share counts for the first.
         compressible: Number of values in its compressible weights: kernels and embeddings, not biases.
         zeros: How many of those are zero.
-        bits: Bits that each of those takes (where there are none, that each parameter takes).
+        bits: Bits that each of those takes (where there are none, that each parameter takes); of a quantized weight
+            those of an integer on its grid.
         dense_bytes: Bytes of all its weights as they are.
         compressed_bytes: Bytes of all its weights, each stored in the smallest of three plain forms: as it is, as a
             bit mask and the nonzero values, or as the nonzero values each with a byte that counts the zeros before
-            it. This is sparse storage without entropy coding: a zipped file can be smaller still.
+            it; values on a grid as their integers, packed, with the scales. This is storage without entropy coding: a
+            zipped file can be smaller still.
         macs: Multiply-accumulates of one inference, all calls of the layer together; None where unknown.
         effective_macs: Those whose weight is not zero. What is saved only where the hardware skips zeros.
+        levels: The most distinct values that a quantized weight has for one scale; None where nothing is quantized.
+        sqnr_db: Signal-to-quantization-noise ratio in decibels, `10 log10(sum w**2 / sum (w - q)**2)`, of weights that
+            are trained on a grid: the lower, the more the layer suffers. None where nothing is lost or the real weights
+            are gone.
     """
 
     path: str
@@ -49,6 +58,8 @@ class LayerReport:
     compressed_bytes: int
     macs: int | None
     effective_macs: int | None
+    levels: int | None = None
+    sqnr_db: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -149,7 +160,10 @@ class CompressionReport:
     def _remarks(self) -> list[str]:
         narrower = [f"{path} {before} -> {after}" for path, (before, after) in self.widths.items() if after < before]
         pruned = [f"channels: {', '.join(narrower)}"] if narrower else []
-        return [*self.notes, *pruned, *_listing("skipped", self.skipped), *_listing("frozen", self.frozen)]
+        worst = sorted((x.sqnr_db, x.path) for x in self.layers if x.sqnr_db is not None)[:_LISTED]
+        noisy = [f"{path} {ratio:.1f} dB" for ratio, path in worst]
+        noise = [f"signal-to-quantization-noise ratio, lowest first: {', '.join(noisy)}"] if noisy else []
+        return [*self.notes, *noise, *pruned, *_listing("skipped", self.skipped), *_listing("frozen", self.frozen)]
 
 
 def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
@@ -185,7 +199,13 @@ def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
     found = find_layers(model)
     members = list(_members(model))
     count = count_macs(model, [(path, layer) for path, layer, _ in members], input_shape)
-    stored = {id(weight): _Stored.measured(weight) for _, _, own in members for weight in own}
+    grids = _grids(model)
+    kernels_found = {id(weight) for _, layer, _ in members for _, weight in _kernels(layer)}
+    stored = {
+        id(weight): _Stored.measured(weight, grids.get(id(weight)), id(weight) in kernels_found)
+        for _, _, own in members
+        for weight in own
+    }
     layers, counted = [], set()
     for path, layer, own in members:
         weights = [stored[id(weight)] for weight in own]
@@ -206,7 +226,7 @@ def _members(model) -> Iterator[tuple[str, keras.Layer, list[Variable]]]:
         parts = [] if row is not None and row.whole else layer._layers
         inherited = {id(weight) for part in parts for weight in part.weights}
         own = [weight for weight in layer.weights if id(weight) not in inherited]
-        if own or mac_formula(layer):
+        if (own or mac_formula(layer)) and not (row and row.hidden):
             yield path or model.name, layer, own
         for part in parts:
             if id(part) not in seen:
@@ -236,13 +256,33 @@ class _Stored:
     bits: int
     dense_bytes: int
     compressed_bytes: int
+    levels: int | None = None
+    signal: float = 0.0  # sums of squares
+    noise: float = 0.0
 
     @classmethod
-    def measured(cls, variable) -> "_Stored":
-        values = read(variable).reshape(-1)
+    def measured(cls, variable, grid: Grid | None, is_kernel: bool) -> "_Stored":
+        """`grid`: what a wrapper says of a weight; of others that are kernels it is found out."""
+        real = read(variable)
+        if grid is None and is_kernel and np.issubdtype(real.dtype, np.floating):
+            grid = find_grid(real)
+        values = (real if grid is None else grid.values).reshape(-1)
         nonzeros = int(np.count_nonzero(values))
         smallest = _compressed_bytes(values, nonzeros)
-        return cls(values.size, nonzeros, 8 * values.itemsize, values.nbytes, smallest)
+        if grid is None:
+            return cls(values.size, nonzeros, 8 * values.itemsize, real.nbytes, smallest)
+        mask = -(-values.size // 8) - (-nonzeros * grid.bits // 8) + 4 * grid.scales
+        error = real.reshape(-1).astype("float64") - values
+        return cls(
+            values.size,
+            nonzeros,
+            grid.bits,
+            real.nbytes,
+            min(smallest, mask, grid.num_bytes),
+            grid.levels,
+            float(np.sum(np.square(real, dtype="float64"))),
+            float(np.sum(np.square(error))),
+        )
 
     @property
     def density(self) -> float:
@@ -269,6 +309,20 @@ def _gap_entries(values: np.ndarray) -> int:
     return entries
 
 
+def register_grids(layer_class: type, grids: Callable[[Any], dict[int, Grid]]) -> None:
+    """Tells the report what weights a wrapper quantizes: a function from the wrapper to their grids, by identity."""
+    _GRIDS[layer_class] = grids
+
+
+def _grids(model) -> dict[int, Grid]:
+    found: dict[int, Grid] = {}
+    for layer in model._flatten_layers():
+        for layer_class, grids in _GRIDS.items():
+            if isinstance(layer, layer_class):
+                found.update(grids(layer))
+    return found
+
+
 def _layer_report(path, kind, weights: list[_Stored], new: list[_Stored], kernels, macs) -> LayerReport:
     """`new`: the weights that no layer before it has; `kernels`: the compressible weights by name."""
     countable = [weight for weight in kernels.values() if weight in new]
@@ -285,6 +339,8 @@ def _layer_report(path, kind, weights: list[_Stored], new: list[_Stored], kernel
         effective_macs=None
         if macs is None
         else round(sum(n * (kernels[name].density if name in kernels else 1) for name, n in macs.items())),
+        levels=max((kernel.levels for kernel in kernels.values() if kernel.levels is not None), default=None),
+        sqnr_db=_decibels(kernels.values()),
     )
 
 
@@ -294,7 +350,14 @@ def _total(layers: list[LayerReport]) -> LayerReport:
         values = [getattr(layer, name) for layer in layers]
         sums[name] = None if None in values else sum(values)
     bits = _mean((x.bits, x.compressible if sums["compressible"] else x.parameters) for x in layers)
-    return LayerReport(path="total", kind="", bits=bits, **sums)
+    levels = max((x.levels for x in layers if x.levels is not None), default=None)
+    return LayerReport(path="total", kind="", bits=bits, levels=levels, **sums)
+
+
+def _decibels(kernels: Iterable[_Stored]) -> float | None:
+    kernels = list(kernels)
+    signal, noise = sum(kernel.signal for kernel in kernels), sum(kernel.noise for kernel in kernels)
+    return round(10 * math.log10(signal / noise), 2) if signal and noise else None
 
 
 def _mean(weighted: Iterable[tuple[float, int]]) -> float:

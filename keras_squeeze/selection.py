@@ -84,6 +84,8 @@ class _Row:
     channels: Mapping[str, tuple[int, ...] | Callable[[Any], tuple[int, ...]]] = field(default_factory=dict)
     whole: bool = False  # the weights are those of the layer's parts, which have rows themselves
     registered: bool = False  # by a user, so that a weight which is not there is a mistake
+    refuses: Callable[[Any], str | None] | None = None  # of a wrapper: why weights inside of it cannot be pruned
+    hidden: bool = False  # its weights are bookkeeping that does not ship
 
 
 def _contracted_axis(layer) -> int:
@@ -176,6 +178,21 @@ def register_layer(
         raise TypeError(f"`weights` must be names of attributes of the layer. Received: {weights!r}")
     axes = weights if isinstance(weights, Mapping) else dict.fromkeys(names, -2)
     _TABLE[layer_class] = _Row(dict(axes), macs, registered=True)
+
+
+def register_wrapper(layer_class: type, refuses: Callable[[Any], str | None]) -> None:
+    """Adds a layer that holds others to the table.
+
+    Args:
+        layer_class: The wrapper's class.
+        refuses: Function from a wrapper to the reason why weights inside of it cannot be pruned; None where they can.
+    """
+    _TABLE[layer_class] = _Row({}, refuses=refuses)
+
+
+def register_bookkeeping(layer_class: type) -> None:
+    """Leaves a layer out of selections and reports: what it keeps is for the training only."""
+    _TABLE[layer_class] = _Row({}, hidden=True)
 
 
 def mac_formula(layer: keras.Layer) -> mac_formulas.MacFormula | None:
@@ -324,9 +341,12 @@ class _Finder:
 
     def add(self, layer, row: _Row | None, path: str, parents: tuple) -> None:
         weights = list(self._weights(layer, row, path, ""))
-        if weights:
+        refusal = next(filter(None, map(_refusal, parents)), None)
+        if weights and refusal:
+            self.skipped += [(weight.path, refusal) for weight in weights]
+        elif weights:
             self.found[id(layer)] = CompressibleLayer(path, layer, tuple(weights), parents)
-        elif row is not None and not row.whole and not row.weights and layer._trainable_variables:
+        elif row and not row.whole and not row.weights and not row.hidden and layer._trainable_variables:
             self.skipped.append((path, f"{type(layer).__name__} has no weights worth compressing"))
 
     def _weights(self, layer, row: _Row | None, path: str, prefix: str) -> Iterator[CompressibleWeight]:
@@ -361,6 +381,11 @@ class _Finder:
                     axis(layer) if callable(axis) else axis,
                     channels(layer) if callable(channels) else channels,
                 )
+
+
+def _refusal(parent) -> str | None:
+    row = _row(parent)
+    return row.refuses(parent) if row is not None and row.refuses is not None else None
 
 
 def _underlying(layer, name: str):

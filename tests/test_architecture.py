@@ -15,6 +15,7 @@ NAME = PACKAGE.name
 ORDER = [
     "macs",
     "graphs",
+    "grids",
     "selection",
     "schedules",
     "criteria",

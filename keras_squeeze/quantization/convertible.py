@@ -11,18 +11,20 @@ _BITS = 8
 _HIGH = 127
 
 
-def convertible_weight(integers: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, channels: tuple[int, ...]):
+def convertible_weight(
+    integers: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, channels: tuple[int, ...] | None
+):
     """A constant tensor with the values `scale * (integers - zero_point)`, marked for the converter.
 
     Args:
         integers, scale, zero_point: As `Quantizer.to_integers` returns them.
         channels: The axes of the outputs. Every output is marked with a scale, equal or not: only these take up a batch
-            normalization.
+            normalization. None: unmarked, for the converter to mark where it has a kernel.
     """
     import tensorflow as tf
 
     values = (scale * (integers - zero_point)).astype("float32")
-    if np.any(zero_point) or np.abs(integers).max(initial=0) > _HIGH:
+    if channels is None or np.any(zero_point) or np.abs(integers).max(initial=0) > _HIGH:
         return tf.constant(values)  # no kernel takes these; the report says what is left in float
     axes = [axis % values.ndim for axis in channels]
     order = [axis for axis in range(values.ndim) if axis not in axes] + axes

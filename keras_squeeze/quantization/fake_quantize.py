@@ -9,6 +9,7 @@ from keras.src.backend import compute_output_spec
 
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.quantizers import Binary, Quantizer, UniformQuantizer
+from keras_squeeze.selection import register_bookkeeping
 
 _conversion = threading.local()
 
@@ -200,6 +201,9 @@ class FakeQuantize(keras.layers.Layer):
     def _known_state(self):
         known = self.range_state is not None and float(ops.convert_to_numpy(self.initialized)) > 0
         return ops.convert_to_tensor(self.range_state) if known else None
+
+
+register_bookkeeping(FakeQuantize)
 
 
 def _fused(x, low, high, grid: quantizers.Grid, num_bits: int):

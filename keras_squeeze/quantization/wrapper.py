@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
+from keras import layers, ops
 from keras.src.backend import AutocastScope, Variable, in_stateless_scope
 from keras.src.layers.convolutional.base_conv import BaseConv
 
@@ -15,11 +15,12 @@ from keras_squeeze.quantization.convertible import convertible_matmul, convertib
 from keras_squeeze.quantization.fake_quantize import FakeQuantize, is_converting
 from keras_squeeze.quantization.ops import sign
 from keras_squeeze.quantization.quantizers import Binary, Quantizer
-from keras_squeeze.selection import CompressibleWeight, layer_weights, read
+from keras_squeeze.report import Grid, register_grids
+from keras_squeeze.selection import CompressibleWeight, layer_weights, read, register_wrapper
 
 
 @keras.saving.register_keras_serializable(package="keras_squeeze")
-class QuantizeAware(keras.layers.Wrapper):
+class QuantizeAware(layers.Wrapper):
     """Wraps a layer so that it computes with quantized weights and gives a quantized output.
 
     The real weights stay in the wrapped layer and are trained; in the forward pass the layer sees them rounded to the
@@ -80,7 +81,7 @@ class QuantizeAware(keras.layers.Wrapper):
         """The quantizer that binarizes the inputs of the layer as well; None where they are not."""
         quantizer = self.weight_quantizer
         layer = self.layer
-        takes_signs = isinstance(layer, keras.layers.Dense) or (isinstance(layer, BaseConv) and layer.groups == 1)
+        takes_signs = isinstance(layer, layers.Dense) or (isinstance(layer, BaseConv) and layer.groups == 1)
         return quantizer if takes_signs and isinstance(quantizer, Binary) and quantizer.inputs else None
 
     def build(self, *args, **kwargs):
@@ -159,7 +160,7 @@ class QuantizeAware(keras.layers.Wrapper):
         return quantize
 
     def _call_quantized(self, *args, **kwargs):
-        is_dense = isinstance(self.layer, keras.layers.Dense)
+        is_dense = isinstance(self.layer, layers.Dense)
         if self.binary_inputs or (is_dense and is_converting() and self.quantized_weights):
             outputs = self._product(args[0] if args else kwargs["inputs"])
         else:
@@ -175,8 +176,9 @@ class QuantizeAware(keras.layers.Wrapper):
         pairs = list(zip(self.quantized_weights, self.weight_quantizers, strict=True))
         if not is_converting():
             return [(weight.variable, quantize(_value(weight.variable))) for weight, quantize in pairs]
+        marked = isinstance(self.layer, (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D))
         return [
-            (weight.variable, convertible_weight(integers, scale, zero_point, weight.channel_axes))
+            (weight.variable, convertible_weight(integers, scale, zero_point, weight.channel_axes if marked else None))
             for (weight, _), (integers, scale, zero_point) in zip(pairs, self._constants(), strict=True)
         ]
 
@@ -197,7 +199,7 @@ class QuantizeAware(keras.layers.Wrapper):
             outputs = self.layer(*args, **kwargs)
         for variable in variables:
             new = scope.get_current_value(variable)
-            if new is not None and new is not before.get(id(variable)):
+            if new is not None and new is not before.get(id(variable)) and not is_converting():
                 variable.assign(new)
         for loss in scope.losses:
             self.add_loss(loss)
@@ -211,7 +213,7 @@ class QuantizeAware(keras.layers.Wrapper):
         layer, binary = self.layer, self.binary_inputs
         inputs = ops.cast(inputs, layer.compute_dtype)
         read_inputs = sign(inputs, str(binary.inputs)) if binary else inputs
-        if is_converting() and isinstance(layer, keras.layers.Dense):
+        if is_converting() and isinstance(layer, layers.Dense):
             outputs = convertible_matmul(read_inputs, *self._constants()[0])
         else:
             outputs = _apply(layer, read_inputs, ops.cast(self._values()[0][1], layer.compute_dtype))
@@ -243,8 +245,28 @@ class ClipConstraint(keras.constraints.Constraint):
         return cls(keras.saving.deserialize_keras_object(config["inner"]))
 
 
+def _refusal_of_zeros(wrapper: QuantizeAware) -> str | None:
+    if wrapper.weight_quantizer is None or wrapper.weight_quantizer.has_zero:
+        return None
+    return 'quantized to a binary grid, which has no zero; quantize with "ternary" to prune as well'
+
+
+def _grids(wrapper: QuantizeAware) -> dict[int, Grid]:
+    """What the report shows of the weights: the values that the layer computes with, and the bits that they take."""
+    values = wrapper.quantized_values()
+    scales = [part[1].size for part in wrapper.to_integers().values()]
+    return {
+        id(variable): Grid(quantize.quantizer.bits, array, scale)
+        for (variable, array), quantize, scale in zip(values, wrapper.weight_quantizers, scales, strict=True)
+    }
+
+
+register_wrapper(QuantizeAware, _refusal_of_zeros)
+register_grids(QuantizeAware, _grids)
+
+
 def _check_layer(layer) -> None:
-    if not isinstance(layer, keras.layers.Layer):
+    if not isinstance(layer, layers.Layer):
         raise TypeError(f"`layer` must be a Keras layer. Received: {layer!r}")
     if any(isinstance(part, (QuantizeAware, FakeQuantize)) for part in layer._flatten_layers()):
         raise ValueError(f"'{layer.name}' is quantized already. Received: {layer!r}")
