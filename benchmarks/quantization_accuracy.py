@@ -21,6 +21,7 @@ from rich.console import Console
 CALIBRATION = 1024  # images
 BATCH = 128
 FLOAT = "float"
+LEARNED = "LearnedStep(4)"  # the package is imported only where something is trained
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Variant:
     Attributes:
         network: `"convolutions"` or `"MLP"`.
         bits: Of weights and of activations, in words.
-        weights, activations: As in `quantize_aware`; a dict is for what needs the package to be made.
+        weights, activations: As in `quantize_aware`, or `LEARNED`.
         trained: Whether it is trained with its quantizers, or only calibrated.
-        rate: The learning rate that training on begins with.
+        last: Whether the last layer is quantized as well; otherwise it stays in float.
     """
 
     network: str
@@ -41,13 +42,15 @@ class Variant:
     weights: Any
     activations: Any = None
     trained: bool = True
+    last: bool = True
 
 
-RATES = {"convolutions": 1e-3, "MLP": 1e-3}
+RATES = {"convolutions": 1e-3, "MLP": 3e-3}  # of training on; they fall to zero in a straight line
 VARIANTS = (
     Variant("convolutions", "int8, QAT", "8 / 8", "int8", "int8"),
     Variant("convolutions", "int8, after training", "8 / 8", "int8", "int8", trained=False),
-    Variant("convolutions", "learned step, QAT", "4 / 4", "learned4", "learned4"),
+    Variant("convolutions", "learned step, QAT", "4 / 4", LEARNED, LEARNED),
+    Variant("convolutions", "learned step, last layer in float, QAT", "4 / 4", LEARNED, LEARNED, last=False),
     Variant("convolutions", "int4, QAT", "4 / 4", "int4", "int4"),
     Variant("convolutions", "int4, after training", "4 / 4", "int4", "int4", trained=False),
     Variant("convolutions", "ternary, QAT", "2 / 8", "ternary", "int8"),
@@ -56,6 +59,13 @@ VARIANTS = (
     Variant("MLP", "binary_connect, QAT", "1 / float", "binary_connect"),
     Variant("MLP", "binary_connect on every layer, QAT", "1 / float", {"": "binary_connect"}),
 )
+LIMITS = {  # points lost against the copy in float
+    "int8, QAT": 0.3,
+    "learned step, QAT": 1.0,
+    "learned step, last layer in float, QAT": 1.0,
+    "binary_connect, QAT": 3.0,
+    "binary_connect on every layer, QAT": 3.0,
+}
 
 
 def _mlp(keras):
@@ -102,3 +112,112 @@ def train_on(plan: Plan, seed: int, network: str, weights: list[np.ndarray], var
     calibrated = [other for other in VARIANTS if other.network == network and not other.trained]
     found = {other.name: _accuracy(keras, _calibrate(model, other, train), test) for other in calibrated}
     return {FLOAT: _accuracy(keras, model, test), **found}
+
+
+def _quantize(model, variant: Variant):
+    import keras_squeeze as ks
+
+    learned = ks.quantizers.LearnedStep(4)
+    weights, activations = (learned if q == LEARNED else q for q in (variant.weights, variant.activations))
+    last = model.layers[-1]
+    layers = None if variant.last else lambda layer: layer is not last
+    return ks.quantize_aware(model, weights, activations, layers=layers)
+
+
+def _calibrate(model, variant: Variant, train):
+    from keras_squeeze.quantization.conversion import calibrate
+
+    quantized = _quantize(model, variant)
+    calibrate(quantized, train[0][:CALIBRATION])
+    return quantized
+
+
+def _accuracy(keras, model, test) -> float:
+    return 100 * _compile(keras, model, 0.0).evaluate(*test, batch_size=512, verbose=0)[1]
+
+
+def results_table(accuracy: dict[str, dict[str, list[float]]]) -> str:
+    rows = []
+    for network, found in accuracy.items():
+        rows.append((f"{network}: {FLOAT}", "32 / 32", f"{np.mean(found[FLOAT]):.2f} %", ""))
+        rows += [
+            (f"{network}: {v.name}", v.bits, f"{np.mean(found[v.name]):.2f} %", _lost(found, FLOAT, v.name).text())
+            for v in VARIANTS
+            if v.network == network
+        ]
+    return tables.markdown(("variant", "bits, weights / activations", "accuracy", "points lost [95 %]"), rows)
+
+
+def bars(accuracy: dict[str, dict[str, list[float]]]) -> list[Bar]:
+    promised = [
+        Bar(f"{v.network}: {v.name}: points lost", LIMITS[v.name], _lost(accuracy[v.network], FLOAT, v.name), digits=2)
+        for v in VARIANTS
+        if v.name in LIMITS
+    ]
+    found = accuracy["convolutions"]
+    return promised + [
+        Bar(f"{name}: points that QAT is worse than after training", 0, _lost(found, after, qat), digits=2)
+        for name in ("int8", "int4")
+        for after, qat in [(f"{name}, after training", f"{name}, QAT")]
+    ]
+
+
+def _lost(found: dict[str, list[float]], reference: str, name: str) -> Mean:
+    """Points, seed by seed."""
+    return Mean.of(np.subtract(found[reference], found[name]))
+
+
+def parse_arguments():
+    parser = tables.make_parser(__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="networks of each kind to train (5)")
+    parser.add_argument("--processes", type=int, default=2, help="trainings at the same time (2)")
+    args = tables.parse(parser)
+    args.plan = Plan(1000, 500, 1, 0, 1) if args.quick else Plan(pruning_epochs=0, tuning_epochs=10)
+    args.seeds = 1 if args.quick else args.seeds
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    console = Console()
+    warn_if_busy(console)
+    trained = {name: [None, *(v for v in VARIANTS if v.network == name and v.trained)] for name in NETWORKS}
+    accuracy: dict = {name: {v.name: [] for v in VARIANTS if v.network == name} | {FLOAT: []} for name in NETWORKS}
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(args.processes, mp_context=context, initializer=_one_thread)
+    with pool, progress_bar(console) as progress:
+        task = progress.add_task(
+            "trainings", total=args.seeds * sum(1 + len(variants) for variants in trained.values())
+        )
+        first = [
+            (network, seed, pool.submit(train_first, args.plan, seed, network))
+            for seed in range(args.seeds)
+            for network in NETWORKS
+        ]
+        jobs = []
+        for network, seed, future in first:
+            weights = future.result()
+            advance(progress, task)
+            jobs += [
+                (network, pool.submit(train_on, args.plan, seed, network, weights, variant))
+                for variant in trained[network]
+            ]
+        for network, job in jobs:
+            for name, percent in job.result().items():
+                accuracy[network][name].append(percent)
+            advance(progress, task)
+    plan = args.plan
+    rates = " and ".join(f"{rate} ({network})" for network, rate in RATES.items())
+    note = (
+        f"{args.seeds} seeds, {plan.train:,} characters to train and {plan.test:,} to test, {plan.dense_epochs} epochs "
+        f"and {plan.tuning_epochs} more of every copy, with Adam from {rates} down to 0. With fewer than 4 bits, the "
+        f"weights of the first and the last layer have 8, unless it says every layer. {tables.machine()}"
+    )
+    text = f"{results_table(accuracy)}\n\n{bars_table(bars(accuracy))}\n\n{note}"
+    console.print(text, soft_wrap=True, markup=False)
+    if args.write:
+        tables.write("quantization_accuracy", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -273,7 +273,8 @@ def batches(data, num_batches: int | None, batch_size: int = 32) -> Iterator[tup
         sizes = {len(array) for array in keras.tree.flatten(tuple(data)) if array is not None}
         if len(sizes) > 1:
             raise ValueError(f"`data` has arrays of different lengths: {', '.join(map(str, sorted(sizes)))}.")
-        data = tf.data.Dataset.from_tensor_slices(tuple(data)).batch(batch_size)
+        parts = [tuple(part) if _is_list_of_arrays(part) else part for part in data]
+        data = tf.data.Dataset.from_tensor_slices(tuple(parts)).batch(batch_size)
     elif isinstance(data, keras.utils.PyDataset):
         data = map(data.__getitem__, range(len(data)))
     elif not isinstance(data, Iterable):
@@ -285,4 +286,9 @@ def batches(data, num_batches: int | None, batch_size: int = 32) -> Iterator[tup
         empty = False
         yield keras.utils.unpack_x_y_sample_weight(batch)
     if empty:
-        raise ValueError("`data` is empty: a gradient criterion needs at least one batch.")
+        raise ValueError("`data` is empty: pass at least one batch.")
+
+
+def _is_list_of_arrays(part) -> bool:
+    """Whether a part of the data is for several inputs; TensorFlow would stack a list."""
+    return isinstance(part, list) and bool(part) and all(hasattr(array, "shape") for array in part)

@@ -13,7 +13,7 @@ from keras_squeeze.quantization import placement as placing
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.placement import Placement
-from keras_squeeze.quantization.quantizers import Affine, Binary, Quantizer
+from keras_squeeze.quantization.quantizers import Affine, Binary, Quantizer, UniformQuantizer
 from keras_squeeze.quantization.wrapper import QuantizeAware
 from keras_squeeze.selection import (
     CompressibleLayer,
@@ -34,12 +34,13 @@ def quantize_aware(model: keras.Model, weights="int8", activations="default", *,
     """Copies a model for quantization-aware training: the same weights, seen through a grid.
 
     Layers with weights are wrapped in `QuantizeAware`. Quantizers of activations stand where integer kernels round:
-    after a convolution or product with its batch normalization and ReLU, after sums, concatenations and mean pooling,
+    after a convolution or product with its batch normalization and ReLU, after sums, concatenations and global pooling,
     and at the inputs of the model. An activation that integer kernels compute apart, such as a softmax, becomes a layer
     of its own with a quantizer before it.
 
     With fewer than 4 bits, the first and the last layer keep 8 bits, where they have most to lose, if other layers are
-    left; a dict for `weights` says exactly which layer gets what.
+    left; a dict for `weights` says exactly which layer gets what. Activations of fewer than 8 bits have 8 at the
+    model's inputs and outputs, where classes would become equal by rounding.
 
     Args:
         model: A built Functional or Sequential model, nested ones included. It stays as it is.
@@ -246,7 +247,7 @@ def _check_zeros(selection, chosen, units: Units) -> None:
 
 def _warn_of_float(model, selection, placement: Placement | None) -> None:
     left = [f"{path} (not in the layer table: keras_squeeze.register_layer)" for path in selection.unknown]
-    left += [path for path, _ in placement.left.values()] if placement else []
+    left += [path for path in placement.left if path not in selection.unknown] if placement else []
     if left:
         warnings.warn(f"Model '{model.name}': left in float: {', '.join(left)}.", stacklevel=3)
 
@@ -265,7 +266,7 @@ class _Wrapper(Rebuilder):
             return super().make(layer)
         weights = self._units[id(layer)][1]
         if self._splits(layer):
-            return QuantizeAware(copy_layer(layer, {"activation": "linear"}), weights, self._activations)
+            return QuantizeAware(copy_layer(layer, {"activation": "linear"}), weights, self._activations_at(layer))
         return QuantizeAware(copy_layer(layer), weights, self._output_quantizer(layer))
 
     def skips(self, operation):
@@ -302,13 +303,18 @@ class _Wrapper(Rebuilder):
 
     def _output_quantizer(self, layer) -> Quantizer | None:
         signed = self._placement.quantized.get(id(layer))
-        if self._activations is None or signed is None:
+        quantizer = self._activations_at(layer)
+        if quantizer is None or signed is None:
             return None
-        quantizer = self._activations
         fixed = placing.FIXED_RANGES.get(placing.activation_name(layer) or "")
         if fixed is not None and quantizer == Affine(_EDGE_BITS):
             return replace(quantizer, range=fixed).for_activations()
         return quantizer.for_activations(signed=signed)
+
+    def _activations_at(self, layer) -> Quantizer | None:
+        """The quantizer asked for, and at the ends of the model one of 8 bits at least."""
+        few = isinstance(self._activations, UniformQuantizer) and self._activations.bits < _EDGE_BITS
+        return Affine(_EDGE_BITS) if few and id(layer) in self._placement.ends else self._activations
 
 
 class _Finalizer(Rebuilder):

@@ -156,11 +156,11 @@ class FakeQuantize(keras.layers.Layer):
             state = ops.cond(begun, lambda: ops.convert_to_tensor(self.range_state), lambda: self._measure(x))
         else:
             new = self._measure(x)
-            new = ops.where(ops.isfinite(new), new, self.range_state)
             state = ops.where(begun, self.quantizer.updated(self.range_state, new), new)
         if learns:
-            self.range_state.assign(state)
-            self.initialized.assign(1.0)
+            finite = ops.all(ops.isfinite(state))  # a batch of NaN must not destroy a range, nor begin it
+            self.range_state.assign(ops.where(finite, state, self.range_state))
+            self.initialized.assign(ops.maximum(self.initialized, ops.cast(finite, "float32")))
         return self.range_state if self.quantizer.learned and learns else state
 
     def _measure(self, x):

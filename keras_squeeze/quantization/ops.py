@@ -15,6 +15,9 @@ _LARGEST_EXPONENT = 126
 _POWERS_OF_TWO = [2.0**exponent for exponent in range(-_LARGEST_EXPONENT, _LARGEST_EXPONENT + 1)]
 _SEARCHED_SHARES = [step / 40 for step in range(40, 7, -1)]  # of the range, for the least squared error
 
+# The value that a scale was made from must not fall off the end of the grid by float rounding, and lose its gradient.
+_SLACK = 1 + 2.5e-7
+
 
 def round_through(x):
     """Rounds to the nearest integer, ties to even; the gradient is 1 (straight-through, Bengio et al. 2013)."""
@@ -40,8 +43,19 @@ def fake_quantize(x, scale, zero_point, low: int, high: int):
         zero_point: Integer-valued tensor or number that broadcasts with `x`; zero is then exactly on the grid.
         low, high: The ends of the grid.
     """
-    levels = ops.clip(x / scale, low - zero_point, high - zero_point)
+    levels = ops.clip(x / scale, (low - zero_point) * _SLACK, (high - zero_point) * _SLACK)
     return round_through(levels) * scale
+
+
+def fake_quantize_whole_range(x, high: int, channels: tuple[int, ...] = ()):
+    """Rounds to the symmetric grid on which the largest magnitude of every channel is `high`.
+
+    The same as `fake_quantize` with the scale of `min_max`, in fewer passes over the tensor: no value is beyond the
+    ends, so nothing is clipped and the gradient is 1 everywhere.
+    """
+    still = ops.stop_gradient(x)
+    scale = _nonzero(ops.max(ops.abs(still), axis=reduced_axes(x, channels), keepdims=bool(channels)) / high)
+    return ops.round(still / scale) * scale + (x - still)
 
 
 def reduced_axes(x, channels: tuple[int, ...]) -> tuple[int, ...]:
@@ -100,9 +114,13 @@ def affine_grid(ends, low: int, high: int):
 
 def power_of_two_scale(ends, high: int):
     """The smallest power of two whose grid reaches the larger end of the range."""
-    exponent = ops.ceil(ops.log2(symmetric_scale(ends, high)))
-    index = ops.cast(ops.clip(exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT), "int32") + _LARGEST_EXPONENT
-    return ops.take(ops.convert_to_tensor(_POWERS_OF_TWO, dtype=ends.dtype), index)
+    needed = symmetric_scale(ends, high)
+    exponent = ops.clip(ops.ceil(ops.log2(needed)), 1 - _LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    exponent = ops.where(ops.isfinite(exponent), exponent, ops.zeros_like(exponent))
+    index = ops.cast(exponent, "int32") + _LARGEST_EXPONENT
+    powers = ops.convert_to_tensor(_POWERS_OF_TWO, dtype=ends.dtype)
+    smaller = ops.take(powers, index - 1)  # the logarithm is not exact
+    return ops.where(smaller >= needed, smaller, ops.take(powers, index))
 
 
 def first_step(x, high: int, channels: tuple[int, ...] = ()):
@@ -183,7 +201,7 @@ def ternary(x, channels: tuple[int, ...] = ()):
 
 def _nonzero(scale):
     """A range of nothing but zeros gets a scale of one, on whose grid they are exact as well."""
-    return ops.where(scale > 0, scale, ops.ones_like(scale))
+    return ops.where(scale == 0, ops.ones_like(scale), scale)
 
 
 def _size(x) -> int:

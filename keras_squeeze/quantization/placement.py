@@ -1,8 +1,8 @@
 """Where quantizers stand in a model, so that what is trained is what integer kernels compute.
 
 An integer kernel takes a convolution or a product, the batch normalization after it and a ReLU as one, and rounds once
-at the end. So the end of such a unit gets a quantizer, and so do sums, concatenations and mean pooling; what only moves
-values, such as a maximum pooling or a reshape, keeps the grid that it gets.
+at the end. So the end of such a unit gets a quantizer, and so do sums, concatenations and global mean pooling; what
+only moves values, or keeps their grid as poolings do, gets none.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,6 +14,7 @@ from keras import layers
 from keras.src.ops import numpy as operations  # what `+` between tensors becomes
 
 from keras_squeeze.graphs import functional_of, nodes_of
+from keras_squeeze.selection import layer_weights
 
 # The softmax and the sigmoid kernels of TensorFlow Lite give 1/256 a step.
 FIXED_RANGES = {"softmax": (0.0, 255 / 256), "sigmoid": (0.0, 255 / 256), "tanh": (-1.0, 127 / 128)}
@@ -23,6 +24,7 @@ _NON_NEGATIVE = ("relu", "relu6", "sigmoid", "softmax", "softplus", "hard_sigmoi
 
 _MOVING = (
     *(layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D),
+    *(layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D),  # their kernel keeps the scale
     *(layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D),
     *(layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D),
     *(layers.Cropping1D, layers.Cropping2D, layers.Cropping3D),
@@ -32,7 +34,6 @@ _MOVING = (
 )
 _COMPUTING = (
     *(layers.Add, layers.Subtract, layers.Multiply, layers.Average, layers.Maximum, layers.Minimum, layers.Concatenate),
-    *(layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D),
     *(layers.GlobalAveragePooling1D, layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D),
 )
 _OPERATIONS = (operations.Add, operations.Subtract, operations.Multiply, operations.Maximum, operations.Minimum)
@@ -46,13 +47,15 @@ class Placement:
     Attributes:
         quantized: Layers whose output gets a quantizer.
         signed: Whether that output can be negative.
+        ends: Inputs of the model and layers that give its outputs.
         bypassed: ReLUs that only layers with binary inputs read: their sign is taken from what enters the ReLU.
-        left: Layers without weights that are left in float, `id -> (path, reason)`.
+        left: What is left in float and was not asked about: paths of layers without weights to quantize.
     """
 
     quantized: dict[int, bool] = field(default_factory=dict)
+    ends: set[int] = field(default_factory=set)
     bypassed: set[int] = field(default_factory=set)
-    left: dict[int, tuple[str, str]] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
 
 
 def activation_name(layer) -> str | None:
@@ -87,6 +90,10 @@ def place(model, selected: Iterable[keras.Layer], binary: Iterable[keras.Layer])
     placement = Placement()
     selected, binary = {id(layer) for layer in selected}, {id(layer) for layer in binary}
     _place(model, "", selected, binary, placement)
+    functional = functional_of(model)
+    links = _links(model)
+    outer = [*functional.inputs, *(links.get(id(tensor), tensor) for tensor in functional.outputs)]
+    placement.ends = {id(tensor._keras_history[0]) for tensor in outer}
     return placement
 
 
@@ -133,8 +140,8 @@ def _place(model, prefix: str, selected: set[int], binary: set[int], placement: 
             continue
         else:
             rounds = _is_read_as_integers(level, node.output_tensors[0], selected)
-            if any(_is_float(tensor) for tensor in node.output_tensors):
-                placement.left[id(layer)] = path, f"{type(layer).__name__} stays in float"
+            if any(map(_is_float, node.output_tensors)) and path not in placement.left and not _has_weights(layer):
+                placement.left.append(path)
         if rounds:
             placement.quantized[id(layer)] = placement.quantized.get(id(layer), False) or _signed(level, node)
     for node in level.nodes:
@@ -276,6 +283,11 @@ def _links(model) -> dict:
         for inside, outside in zip(inner.outputs, node.output_tensors, strict=True):
             links[id(outside)] = links.get(id(inside), inside)
     return links
+
+
+def _has_weights(layer) -> bool:
+    """Whether a layer has weights that could be quantized, and so was left out on purpose."""
+    return isinstance(layer, keras.Layer) and bool(layer_weights(layer)[0])
 
 
 def _is_float(tensor) -> bool:

@@ -127,6 +127,8 @@ class UniformQuantizer(Quantizer):
     num_bits: int = 8
 
     def __post_init__(self):
+        if isinstance(self.num_bits, np.integer):
+            object.__setattr__(self, "num_bits", int(self.num_bits))
         if not isinstance(self.num_bits, int) or isinstance(self.num_bits, bool):
             raise TypeError(f"`num_bits` must be an int. Received: num_bits={self.num_bits!r}")
         if not _FEWEST_BITS <= self.num_bits <= _MOST_BITS:
@@ -195,9 +197,7 @@ class Affine(UniformQuantizer):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("symmetric", "per_channel", "narrow_range"):
-            if getattr(self, name) not in (None, True, False):
-                raise TypeError(f"`{name}` must be a bool or None. Received: {name}={getattr(self, name)!r}")
+        _check_bools(self, "symmetric", "per_channel", "narrow_range", optional=True)
         if isinstance(self.range, (list, tuple)):
             object.__setattr__(self, "range", tuple(self.range))
             ends = np.asarray(self.range, "float64") if len(self.range) == 2 else np.array([np.nan])
@@ -221,6 +221,12 @@ class Affine(UniformQuantizer):
     def for_activations(self, *, signed=True):
         _check_per_tensor(self)
         return self._chosen(symmetric=False, per_channel=False, range="moving_average")
+
+    def __call__(self, x, state=None, channels=(-1,)):
+        if state is None and self.symmetric is not False and self.range in (None, "min_max"):
+            _, high = ops.integer_range(self.num_bits)
+            return ops.fake_quantize_whole_range(x, high, channels if self.per_channel is not False else ())
+        return super().__call__(x, state, channels)
 
     def grid(self, state):
         symmetric = self.symmetric is not False  # left open: as for weights
@@ -312,11 +318,8 @@ class LearnedStep(UniformQuantizer):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.signed not in (None, True, False) or self.per_channel not in (True, False):
-            raise TypeError(
-                f"`signed` and `per_channel` must be bools. Received: signed={self.signed!r}, "
-                f"per_channel={self.per_channel!r}"
-            )
+        _check_bools(self, "signed", optional=True)
+        _check_bools(self, "per_channel")
 
     @property
     def learned(self):
@@ -360,6 +363,9 @@ class Ternary(Quantizer):
     """
 
     per_channel: bool = True
+
+    def __post_init__(self):
+        _check_bools(self, "per_channel")
 
     @property
     def bits(self):
@@ -416,6 +422,7 @@ class Binary(Quantizer):
     inputs: str | None = None
 
     def __post_init__(self):
+        _check_bools(self, "scaled", "stochastic", "clip")
         for name in ("gradient", "inputs"):
             value = getattr(self, name)
             if value not in ops.GRADIENTS and not (name == "inputs" and value is None):
@@ -444,8 +451,7 @@ class Binary(Quantizer):
         return self.stochastic
 
     def __call__(self, x, state=None, channels=(-1,), *, uniform=None):
-        """`uniform`: random numbers in [0, 1) of the shape of `x`, for a stochastic sign; without them it is the "
-        "sign."""
+        """`uniform`: random numbers in [0, 1) of the shape of `x`, for a stochastic sign; without them, the sign."""
         if uniform is not None:
             signs = ops.stochastic_sign(x, uniform)
             return ops.mean_magnitude(x, channels) * signs if self.scaled else signs
@@ -464,6 +470,20 @@ class Binary(Quantizer):
                 f"{self}. Pass Binary(scaled=False) for the sign of the activations."
             )
         return replace(self, scaled=False)
+
+
+def _check_bools(quantizer, *names: str, optional: bool = False) -> None:
+    for name in names:
+        value = getattr(quantizer, name)
+        if not isinstance(value, bool) and not (optional and value is None):
+            raise TypeError(f"`{name}` must be a bool{' or None' if optional else ''}. Received: {name}={value!r}")
+
+
+def _check_per_tensor(quantizer) -> None:
+    if quantizer.per_channel:
+        raise ValueError(
+            f"Activations have one scale for all channels, since integer kernels sum over them. Received: {quantizer}"
+        )
 
 
 NAMES: Mapping[str, Quantizer] = {
@@ -507,10 +527,3 @@ def get(identifier) -> Quantizer | None:
             "number of bits from 2 to 16."
         )
     return NAMES[identifier]
-
-
-def _check_per_tensor(quantizer) -> None:
-    if quantizer.per_channel:
-        raise ValueError(
-            f"Activations have one scale for all channels, since integer kernels sum over them. Received: {quantizer}"
-        )
