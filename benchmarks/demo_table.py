@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
     args = tables.parse(parser)
     if args.quick:
-        demo.DENSE_EPOCHS, demo.PRUNING_EPOCHS = 1, 2
+        demo.DENSE_EPOCHS, demo.PRUNING_EPOCHS, demo.QUANTIZED_EPOCHS, demo.BINARY_EPOCHS = 1, 2, 1, 1
     with tempfile.TemporaryDirectory() as directory:
         rows = demo.run_demo(directory, seed=args.seed)
     header, *body = demo.table_cells(rows)

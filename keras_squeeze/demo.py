@@ -15,15 +15,21 @@ import numpy as np
 
 from keras_squeeze import plots
 from keras_squeeze.deployment.latency import measure_latency
+from keras_squeeze.deployment.litert import export, predict_file
 from keras_squeeze.pruning.magnitude import MagnitudePruning
 from keras_squeeze.pruning.neuron import NeuronPruning
 from keras_squeeze.pruning.shrinking import shrink
+from keras_squeeze.quantization.conversion import finalize, quantize_aware
+from keras_squeeze.quantization.scheduling import QuantizationSchedule
+from keras_squeeze.quantization.wrapper import QuantizeAware
 from keras_squeeze.report import summarize
 
 TARGET_SPARSITY = 0.9
 TARGET_NEURONS = 0.5
 DENSE_EPOCHS = 15
 PRUNING_EPOCHS = 25
+QUANTIZED_EPOCHS = 10
+BINARY_EPOCHS = 25
 
 _HEADINGS = {
     "parameters": "parameters",
@@ -31,6 +37,7 @@ _HEADINGS = {
     "dense_bytes": "bytes, dense",
     "compressed_bytes": "bytes, compressed",
     "gzip_bytes": "bytes, .keras file gzipped",
+    "tflite_bytes": "bytes, .tflite file",
     "macs": "MACs",
     "effective_macs": "MACs, zeros left out",
 }
@@ -66,6 +73,11 @@ class Demo:
         images, labels = self.test
         return float(np.mean(model.predict(images, verbose=0).argmax(-1) == labels))
 
+    def accuracy_of_file(self, path: pathlib.Path) -> float:
+        """The same for a `.tflite` file."""
+        images, labels = self.test
+        return float(np.mean(predict_file(path, [images])[0].argmax(-1) == labels))
+
 
 def train_dense(demo: Demo) -> str:
     """An ordinary small convolutional network."""
@@ -81,7 +93,7 @@ def train_dense(demo: Demo) -> str:
             keras.layers.Dense(10),
         ]
     )
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    _compile(model)
     demo.fit(model, DENSE_EPOCHS)
     demo.models["dense"] = model
     return f"trained {model.count_params():,} parameters on {len(demo.train[0]):,} handwritten digits"
@@ -110,6 +122,25 @@ def remove_neurons(demo: Demo) -> str:
     return f"removed {history['pruned_neurons'][-1]:.0%} of the neurons; the layers before and after: {picture}"
 
 
+def quantize(demo: Demo) -> str:
+    """The same network, trained on as if it computed with integers of 8 bits."""
+    model = quantize_aware(demo.models["dense"])
+    _compile(model)
+    demo.fit(model, QUANTIZED_EPOCHS, QuantizationSchedule())
+    demo.models["int8"] = model
+    return "trained with weights and activations of 8 bits: a quarter of the bytes, integer arithmetic"
+
+
+def binarize(demo: Demo) -> str:
+    """The same network with weights of one bit, but in the first and the last layer."""
+    model = quantize_aware(demo.models["dense"], "binary")
+    _compile(model)
+    demo.fit(model, BINARY_EPOCHS, QuantizationSchedule())
+    demo.models["binary"] = model
+    bits = summarize(model).total.bits
+    return f"trained with weights of one bit, the first and the last layer with eight: {bits:g} bits on average"
+
+
 def _width(layer) -> int:
     return getattr(layer, "filters", 0) or getattr(layer, "units", 0)
 
@@ -118,14 +149,20 @@ def _copy(dense: keras.Model) -> keras.Model:
     """A network with the same weights, compiled."""
     model = keras.models.clone_model(dense)
     model.set_weights(dense.get_weights())
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    _compile(model)
     return model
+
+
+def _compile(model: keras.Model) -> None:
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
 
 
 STAGES: list[tuple[str, Callable[[Demo], str]]] = [
     ("Train a convolutional network", train_dense),
     ("Prune it gradually while it trains on", prune),
     ("Remove half of its neurons instead", remove_neurons),
+    ("Quantize it to 8 bits instead", quantize),
+    ("Quantize it to one bit instead", binarize),
 ]
 
 
@@ -183,14 +220,18 @@ def _digits(seed: int):
 
 
 def _row(demo: Demo, name: str, model: keras.Model) -> dict:
-    artefact = keras.models.clone_model(model)  # without the optimizer's state, which does not ship
-    artefact.set_weights(model.get_weights())
+    if any(isinstance(layer, QuantizeAware) for layer in model.layers):
+        artefact = finalize(model, activations="drop")
+    else:  # the optimizer's state does not ship
+        artefact = keras.models.clone_model(model)
+        artefact.set_weights(model.get_weights())
     path = demo.directory / f"{name}.keras"
     artefact.save(path)
     total = summarize(model).total
+    shipped = export(model, demo.directory / f"{name}.tflite", calibration_data=demo.train[0])
     return {
         "model": name,
-        "accuracy": demo.accuracy(model),
+        "accuracy": demo.accuracy_of_file(shipped.path),
         "parameters": total.parameters,
         "zeros": total.zeros,
         "dense_bytes": total.dense_bytes,
@@ -198,7 +239,8 @@ def _row(demo: Demo, name: str, model: keras.Model) -> dict:
         "gzip_bytes": len(gzip.compress(path.read_bytes())),
         "macs": total.macs,
         "effective_macs": total.effective_macs,
-        "latency": measure_latency(model, runs=300).median_ms,
+        "tflite_bytes": shipped.num_bytes,
+        "latency": measure_latency(shipped.path, runs=300).median_ms,
     }
 
 

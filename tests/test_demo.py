@@ -9,6 +9,7 @@ import keras
 import matplotlib
 import numpy as np
 import pytest
+from ai_edge_litert.interpreter import Interpreter
 from networks import count_zeros, small_convnet
 
 import keras_squeeze as ks
@@ -21,6 +22,8 @@ EXAMPLES = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("*.py"))
 def short_demo(monkeypatch):
     monkeypatch.setattr(demo, "DENSE_EPOCHS", 2)
     monkeypatch.setattr(demo, "PRUNING_EPOCHS", 3)
+    monkeypatch.setattr(demo, "QUANTIZED_EPOCHS", 2)
+    monkeypatch.setattr(demo, "BINARY_EPOCHS", 2)
 
 
 def test_the_table_says_what_is_in_the_files(short_demo, tmp_path, capsys):
@@ -40,6 +43,18 @@ def test_the_table_says_what_is_in_the_files(short_demo, tmp_path, capsys):
     small = keras.models.load_model(tmp_path / "shrunk.keras")
     assert 0.2 < small.count_params() / model.count_params() < 0.6
     assert f"{ks.summarize(small).total.macs:,}" in printed
+    for name in ("int8", "binary"):
+        path = tmp_path / f"{name}.tflite"
+        assert f"{path.stat().st_size:,}" in printed
+        assert path.stat().st_size < 0.5 * (tmp_path / "dense.tflite").stat().st_size
+        file = Interpreter(str(path))
+        file.allocate_tensors()
+        right = 0
+        for image, label in zip(images, labels, strict=True):
+            file.set_tensor(file.get_input_details()[0]["index"], image[np.newaxis])
+            file.invoke()
+            right += file.get_tensor(file.get_output_details()[0]["index"])[0].argmax() == label
+        assert f"{right / len(labels):.1%}" in printed
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
 

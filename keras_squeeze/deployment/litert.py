@@ -99,7 +99,7 @@ def export(
         calibrate(model, calibration_data)
     content = convert(model, integers=precision == "int8")
     samples = _samples(model, calibration_data)
-    error, agreement, float_ops = _compare(content, model, samples)
+    difference, agreement, float_ops = _compare(content, model, samples)
     float_ops = float_ops if precision == "int8" else []
     kernels = [name for name in float_ops if name.split(" ")[0] in _KERNELS]
     if kernels and not allow_float:
@@ -109,7 +109,7 @@ def export(
             "Leave these layers out of quantize_aware(layers=...), or pass allow_float=True."
         )
     _write(path, content)
-    return ExportResult(path, len(content), precision, error, agreement, float_ops)
+    return ExportResult(path, len(content), precision, difference, agreement, float_ops)
 
 
 def convert(model: keras.Model, *, integers: bool = False) -> bytes:
@@ -165,6 +165,33 @@ def _quiet():
         logger.setLevel(level)
 
 
+def predict_file(file, inputs, names=()) -> list[np.ndarray]:
+    """What LiteRT computes for a batch, one example after the other.
+
+    Args:
+        file: Path of a `.tflite` file, or its content as bytes.
+        inputs: An array for each input, with the examples along the first axis.
+        names: The names of these inputs, where a file with several may have them in another order.
+
+    Returns:
+        An array for each output.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    source = {"model_content": file} if isinstance(file, bytes) else {"model_path": str(file)}
+    interpreter = Interpreter(**source)
+    interpreter.allocate_tensors()
+    details = interpreter.get_input_details()
+    places = [_place_of(detail["name"], list(names), place) for place, detail in enumerate(details)]
+    rows = []
+    for index in range(len(inputs[0])):
+        for place, detail in zip(places, details, strict=True):
+            interpreter.set_tensor(detail["index"], inputs[place][index : index + 1].astype(detail["dtype"]))
+        interpreter.invoke()
+        rows.append([interpreter.get_tensor(detail["index"])[0] for detail in _outputs_in_order(interpreter)])
+    return [np.stack(column) for column in zip(*rows, strict=True)]
+
+
 def _check(model, path: pathlib.Path, precision) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a `keras.Model`. Received: {model!r} of type {type(model).__name__}")
@@ -210,42 +237,32 @@ def _random(model, tensor, rng) -> np.ndarray:
 
 def _compare(content: bytes, model, samples) -> tuple[float, float, list[str]]:
     """The largest difference, the fraction of equal answers, and the operations in float."""
-    from ai_edge_litert.interpreter import Interpreter
-
-    try:
-        interpreter = Interpreter(model_content=content)
-        interpreter.allocate_tensors()
-    except (RuntimeError, ValueError) as problem:
-        raise ValueError(f"LiteRT cannot run what the converter made of model '{model.name}': {problem}") from None
     structure = getattr(model, "_inputs_struct", None)
     batch = keras.tree.pack_sequence_as(structure, samples) if structure is not None else samples[0]
     expected = [keras.ops.convert_to_numpy(part) for part in keras.tree.flatten(model(batch, training=False))]
-    details = interpreter.get_input_details()
-    order = [_place_of(detail["name"], model.inputs, index) for index, detail in enumerate(details)]
-    error, same, count = 0.0, 0, 0
-    for index in range(len(samples[0])):
-        for place, detail in zip(order, details, strict=True):
-            interpreter.set_tensor(detail["index"], samples[place][index : index + 1].astype(detail["dtype"]))
-        interpreter.invoke()
-        actual = [interpreter.get_tensor(detail["index"]) for detail in _outputs_in_order(interpreter, expected)]
-        for wanted, got in zip(expected, actual, strict=True):
-            wanted = wanted[index : index + 1]
-            error = max(error, float(np.abs(got.astype("float64") - wanted).max()))
-            same += bool(np.all(got.argmax(-1) == wanted.argmax(-1)))
-            count += 1
-    return error, same / count, _float_ops(content)
+    try:
+        actual = predict_file(content, samples, [tensor.name for tensor in model.inputs])
+    except (RuntimeError, ValueError) as problem:
+        raise ValueError(f"LiteRT cannot run what the converter made of model '{model.name}': {problem}") from None
+    pairs = list(zip(expected, actual, strict=True))
+    difference = max(float(np.abs(got.astype("float64") - wanted).max()) for wanted, got in pairs)
+    same = [
+        np.all(one.argmax(-1) == other.argmax(-1))
+        for wanted, got in pairs
+        for one, other in zip(wanted, got, strict=True)
+    ]
+    return difference, float(np.mean(same)), _float_ops(content)
 
 
-def _place_of(name: str, inputs, default: int) -> int:
+def _place_of(name: str, names: list[str], default: int) -> int:
     """Which input of the model one of the file is; the converter may change their order."""
-    names = [tensor.name for tensor in inputs]
     matches = [
         place for place, known in enumerate(names) if name in (known, f"serving_default_{known}:0", f"{known}:0")
     ]
     return matches[0] if matches else default
 
 
-def _outputs_in_order(interpreter, expected):
+def _outputs_in_order(interpreter):
     """The file's outputs in the order of the model's; outputs called Identity, Identity_1, ... come sorted by name."""
     details = interpreter.get_output_details()
     return sorted(details, key=lambda detail: (len(detail["name"]), detail["name"])) if len(details) > 1 else details
