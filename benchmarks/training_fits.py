@@ -6,13 +6,14 @@ Both sides get the same networks, data, seed, optimizer and steps between mask u
 import functools
 import gc
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 SPARSITY = 0.9
-TIMED_EPOCHS = 4
 
 _RUN_EXAMPLES = 10 * 50_000
 _RUN_UPDATES = 100
@@ -24,14 +25,13 @@ _SHAPES = {"mlp": (784,), "resnet8": (32, 32, 3)}
 class Cell:
     """One row of the table: a network, a batch size, and how long to train.
 
-    A real run is taken to be ten epochs over 50,000 examples, with a hundred mask updates in its first three
-    quarters. What is timed is a smaller run of the same proportions: as many steps between updates, and a
-    schedule that begins when the timing begins and ends at three quarters of it.
+    A real run is taken to be ten epochs over 50,000 examples, with a hundred mask updates in its first three quarters.
+    What is timed is a stretch of it: epochs as long as it is between two updates, with one update in each.
 
     Attributes:
         network: `"mlp"` or `"resnet8"`.
         batch: Examples in a batch.
-        updates: Mask updates in the timed part.
+        updates: Epochs that are timed, and mask updates in them.
     """
 
     network: str
@@ -40,96 +40,91 @@ class Cell:
 
     @property
     def frequency(self) -> int:
-        """Steps between two mask updates."""
+        """Steps between two mask updates, and of an epoch."""
         return int(_RUN_EXAMPLES / self.batch * _SCHEDULE_SHARE) // _RUN_UPDATES
 
     @property
-    def schedule_steps(self) -> int:
-        return self.updates * self.frequency
-
-    @property
-    def epoch_steps(self) -> int:
-        return max(1, round(self.schedule_steps / _SCHEDULE_SHARE / TIMED_EPOCHS))
-
-    @property
-    def steps(self) -> int:
-        """Steps that are timed; the warm-up epoch before them is not."""
-        return self.epoch_steps * TIMED_EPOCHS
+    def span(self) -> tuple[int, int]:
+        """The steps at which the schedule begins, after the first epoch, and ends."""
+        return self.frequency, self.frequency * (1 + self.updates)
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of one `fit`: from its second epoch on, and all of it with tracing and warm-up."""
-
-    steady: float
-    whole: float
+Pair = tuple[float, float]
+"""Seconds of one epoch, plain and pruned."""
 
 
-def fit_keras(cell: Cell, pruned: bool) -> Times:
-    """Trains in Keras 3, with or without `MagnitudePruning`."""
+def fit_keras(cell: Cell) -> list[Pair]:
+    """Trains in Keras 3, with and without `MagnitudePruning`."""
     import keras
 
+    import keras_squeeze as ks
+
+    begin, end = cell.span
+    schedule = ks.schedules.PolynomialDecay(SPARSITY, begin=begin, end=end, frequency=cell.frequency)
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
-    model = _NETWORKS[cell.network](keras)
-    callbacks = []
-    if pruned:
-        import keras_squeeze as ks
-
-        begin, end = cell.epoch_steps, cell.epoch_steps + cell.schedule_steps
-        callbacks = [
-            ks.MagnitudePruning(ks.schedules.PolynomialDecay(SPARSITY, begin=begin, end=end, frequency=cell.frequency))
-        ]
-    return _time_fit(keras, model, callbacks, cell, pruned)
+    plain, pruned = _NETWORKS[cell.network](keras), _NETWORKS[cell.network](keras)
+    return _fit_in_turn(keras, plain, pruned, ks.MagnitudePruning(schedule), cell)
 
 
-def fit_tfmot(cell: Cell, pruned: bool) -> Times:
-    """Trains in tf_keras, with or without tfmot's `prune_low_magnitude`."""
+def fit_tfmot(cell: Cell) -> list[Pair]:
+    """Trains in tf_keras, with and without tfmot's `prune_low_magnitude`."""
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
     import tensorflow_model_optimization as tfmot
     import tf_keras
 
+    sparsity = tfmot.sparsity.keras
     tf_keras.backend.clear_session()
     tf_keras.utils.set_random_seed(0)
-    model = _NETWORKS[cell.network](tf_keras)
-    callbacks = []
-    if pruned:
-        sparsity = tfmot.sparsity.keras
-        begin, end = cell.epoch_steps, cell.epoch_steps + cell.schedule_steps
-        schedule = sparsity.PolynomialDecay(0.0, SPARSITY, begin, end, power=3, frequency=cell.frequency)
-        model = sparsity.prune_low_magnitude(model, pruning_schedule=schedule)
-        callbacks = [sparsity.UpdatePruningStep()]
-    return _time_fit(tf_keras, model, callbacks, cell, pruned)
+    plain, pruned = _NETWORKS[cell.network](tf_keras), _NETWORKS[cell.network](tf_keras)
+    schedule = sparsity.PolynomialDecay(0.0, SPARSITY, *cell.span, power=3, frequency=cell.frequency)
+    pruned = sparsity.prune_low_magnitude(pruned, pruning_schedule=schedule)
+    return _fit_in_turn(tf_keras, plain, pruned, sparsity.UpdatePruningStep(), cell)
 
 
-def _time_fit(keras, model, callbacks: list, cell: Cell, pruned: bool) -> Times:
-    """Times one `fit` of a fresh model.
+def _fit_in_turn(keras, plain, pruned, callback, cell: Cell) -> list[Pair]:
+    """Runs two `fit`s at the same time, of which only one moves: they take turns, an epoch each.
 
-    The clock is read once, in an event that every `fit` has. An event for every batch would change how Keras
-    treats its logs, and so what is measured.
+    So what is compared is never more than an epoch apart, and a machine that is slower for a while is slower for both.
+    The first epoch, which traces, is left out. The clock is read between epochs only: an event for every batch would
+    change how Keras treats its logs, and so what is measured.
     """
-    model.compile(keras.optimizers.Adam(), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     images, labels = _data(cell)
-    warm: list[float] = []
+    turn = threading.Semaphore(1), threading.Semaphore(0)
+    seconds: tuple[list[float], list[float]] = ([], [])
 
-    def read_clock(epoch, logs):
-        if epoch == 1:
-            warm.append(time.perf_counter())
+    def fit(side: int, model, callbacks: list) -> None:
+        begun: list[float] = []
 
-    clock = keras.callbacks.LambdaCallback(on_epoch_begin=read_clock)
+        def hand_over(*_) -> None:
+            now = time.perf_counter()
+            if begun:
+                seconds[side].append(now - begun.pop())
+                turn[1 - side].release()
+
+        def take_over(*_) -> None:
+            hand_over()
+            turn[side].acquire()
+            begun.append(time.perf_counter())
+
+        clock = keras.callbacks.LambdaCallback(on_epoch_begin=take_over, on_train_end=hand_over)
+        model.compile(keras.optimizers.Adam(), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.fit(
+            images,
+            labels,
+            batch_size=cell.batch,
+            epochs=1 + cell.updates,
+            verbose=0,
+            callbacks=[clock, *callbacks],
+        )
+
     gc.collect()
-    start = time.perf_counter()
-    model.fit(
-        images,
-        labels,
-        batch_size=cell.batch,
-        epochs=1 + TIMED_EPOCHS,
-        verbose=0,
-        callbacks=[clock, *callbacks],
-    )
-    end = time.perf_counter()
-    _check(model, pruned)
-    return Times(end - warm[0], end - start)
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(fit, 0, plain, []), pool.submit(fit, 1, pruned, [callback])]:
+            job.result()
+    _check(plain, False)
+    _check(pruned, True)
+    return list(zip(*seconds, strict=True))[1:]
 
 
 def _check(model, pruned: bool) -> None:
@@ -145,7 +140,7 @@ def _check(model, pruned: bool) -> None:
 def _data(cell: Cell):
     """One epoch of noise: the time of a step does not depend on what is learned."""
     rng = np.random.default_rng(0)
-    count = cell.epoch_steps * cell.batch
+    count = cell.frequency * cell.batch
     return rng.random((count, *_SHAPES[cell.network]), dtype="float32"), rng.integers(10, size=count)
 
 

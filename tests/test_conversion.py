@@ -108,6 +108,19 @@ def test_converts_trains_one_step_and_finalizes(make, weights, tmp_path):
     assert_same(keras.models.load_model(tmp_path / "plain.keras"), plain, batch, tolerance=0)
 
 
+@pytest.mark.parametrize("family", ["MobileNetV2", "ResNet50V2", "EfficientNetB0", "DenseNet121"])
+@pytest.mark.filterwarnings("ignore:.*left in float")
+def test_families_of_keras_applications(family):
+    build = getattr(keras.applications, family)
+    model = build(weights=None, input_shape=(32, 32, 3), classes=5)
+    q = ks.quantize_aware(model)
+    calibrate(q, images(model))
+    assert_same(ks.finalize(q), q, images(model))
+    dropped = ks.finalize(q, activations="drop")
+    assert names(dropped) == names(model)
+    assert len(q.trainable_weights) == len(model.trainable_weights)
+
+
 def test_the_model_stays_as_it_is():
     model = networks.residual_convnet()
     before = [weight.copy() for weight in model.get_weights()]

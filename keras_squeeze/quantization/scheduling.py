@@ -21,7 +21,7 @@ class QuantizationSchedule(CompressionCallback):
 
     Without this callback such a model is quantized from the first step to the last, which is a good way, too. Times are
     an int, optimizer steps of this `fit`, or a float in [0, 1], a fraction of them. `logs` gets `quantized`, from 0
-    (float) to 1, and where bits anneal `num_bits`, their mean over the layers.
+    (float) to 1, and `num_bits`, the mean over the quantized weights.
 
     Args:
         delay: Until then the model trains in float; ranges of activations are measured meanwhile.
@@ -122,9 +122,8 @@ class QuantizationSchedule(CompressionCallback):
 
     def progress(self):
         parts = {"quantized": {id(self): (round(self._mix * _MIX_UNITS), _MIX_UNITS)}}
-        if self._annealed:
-            parts["num_bits"] = {id(quantize): (quantize.quantizer.bits, 1) for quantize, _ in self._annealed}
-        return parts
+        bits = {id(each): (each.quantizer.bits, 1) for each in self._quantizers if each.channels is not None}
+        return {**parts, "num_bits": bits} if bits else parts
 
     def finish(self, step, verbose):
         if not self.reached:
