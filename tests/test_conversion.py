@@ -258,6 +258,8 @@ def test_calibration_measures_the_ranges(digits):
         calibrate(q, x[:0])
     with pytest.raises(ValueError, match="no quantizers"):
         calibrate(model, x)
+    with pytest.raises(ValueError, match=r"No range was found for quantized_input_layer.*NaN"):
+        calibrate(q, np.full_like(x[:8], np.nan))
 
 
 def binary_network(*between):

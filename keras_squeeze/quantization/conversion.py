@@ -165,7 +165,7 @@ def calibrate(model: keras.Model, data, *, num_batches: int | None = None) -> No
         num_batches: How many batches to look at; None: all.
 
     Raises:
-        ValueError: `data` is empty, or the model has no quantizers.
+        ValueError: `data` is empty or gives values that are not finite, or the model has no quantizers.
     """
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, FakeQuantize)]
     if not layers:
@@ -177,6 +177,11 @@ def calibrate(model: keras.Model, data, *, num_batches: int | None = None) -> No
     try:
         for x, _, _ in batches(data, num_batches):
             model(x, training=False)
+        unknown = [layer.name for layer in layers if layer.observing and not layer.is_known]
+        if unknown:
+            raise ValueError(
+                f"No range was found for {', '.join(unknown[:5])}: `data` gives them NaN or infinite values."
+            )
     finally:
         for layer in layers:
             layer.observing = False

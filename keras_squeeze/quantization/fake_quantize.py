@@ -88,6 +88,11 @@ class FakeQuantize(keras.layers.Layer):
         """See `Quantizer.to_integers`; with the step that was learned."""
         return self.quantizer.to_integers(x, self._known_state(), self.channels or ())
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the range is known, or need not be."""
+        return self.range_state is None or float(ops.convert_to_numpy(self.initialized)) > 0
+
     def set_bits(self, num_bits: int) -> bool:
         """Changes the number of bits; True where that is a change, so that training steps must be traced anew."""
         if num_bits == self.quantizer.bits or not isinstance(self.quantizer, UniformQuantizer):
@@ -199,8 +204,7 @@ class FakeQuantize(keras.layers.Layer):
         return _fused(x, low, high, grid, self.quantizer.num_bits)
 
     def _known_state(self):
-        known = self.range_state is not None and float(ops.convert_to_numpy(self.initialized)) > 0
-        return ops.convert_to_tensor(self.range_state) if known else None
+        return ops.convert_to_tensor(self.range_state) if self.range_state is not None and self.is_known else None
 
 
 register_bookkeeping(FakeQuantize)
