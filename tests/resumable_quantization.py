@@ -43,7 +43,7 @@ def main(folder, save_freq, kill_after):
     dataset = tf.data.Dataset.from_tensor_slices((images, data.target[: len(images)])).batch(32)
     model = small_convnet()
     quantized = ks.quantize_aware(model, {"hidden": ks.quantizers.LearnedStep(BITS[0]), ".": f"int{BITS[0]}"})
-    quantized.compile("adam", model.loss, metrics=["accuracy"])
+    quantized.compile("adam", model.loss, jit_compile=False)
     logs = Logs()
     backup = keras.callbacks.BackupAndRestore(folder / "backup", save_freq if save_freq == "epoch" else int(save_freq))
     schedule = ks.QuantizationSchedule(DELAY, FREEZE, BITS, ramp=RAMP)

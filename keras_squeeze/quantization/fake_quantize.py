@@ -43,7 +43,7 @@ class FakeQuantize(keras.layers.Layer):
     Attributes:
         quantizer: Its `num_bits` follow the schedule.
         mix: Variable, 0 to 1: how much of the rounding takes part. It is looked at while `mixing` is True.
-        frozen: Whether the range stays as it is.
+        frozen: Whether the range stays as it is; a learned step goes on learning.
         observing: Whether the range is measured outside of training, too; for calibration.
     """
 
@@ -127,8 +127,7 @@ class FakeQuantize(keras.layers.Layer):
     def get_config(self):
         quantizer = keras.saving.serialize_keras_object(self.quantizer)
         channels = None if self.channels is None else list(self.channels)
-        config = {**super().get_config(), "quantizer": quantizer, "channels": channels}
-        return config
+        return {**super().get_config(), "quantizer": quantizer, "channels": channels}
 
     @classmethod
     def from_config(cls, config):
@@ -185,6 +184,8 @@ class FakeQuantize(keras.layers.Layer):
         """The same grid, with constants for its ends: the converter turns the operation into integers."""
         import tensorflow as tf
 
+        if not isinstance(self.quantizer, UniformQuantizer):
+            return self.quantizer(x, None, ())
         with tf.init_scope():
             mix, state = float(ops.convert_to_numpy(self.mix)), self._known_state()
             if mix < 1:
@@ -196,8 +197,6 @@ class FakeQuantize(keras.layers.Layer):
                 raise ValueError(
                     f"'{self.name}' has seen no data, so that its range is not known. Train the model, or calibrate it."
                 )
-            if not isinstance(self.quantizer, UniformQuantizer):
-                return self.quantizer(x, None, ())
             state = self._measure(ops.zeros((1,) * len(x.shape))) if state is None else state
             grid = self.quantizer.grid(state)
             low, high = (float((end - grid.zero_point) * grid.scale) for end in (grid.low, grid.high))

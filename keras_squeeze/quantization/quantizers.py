@@ -19,6 +19,7 @@ RANGES = ("min_max", "moving_average", "percentile", "mse")
 
 _FEWEST_BITS, _MOST_BITS = 2, 16
 _MOMENTUM = 0.99  # of ranges that are averaged over batches
+_SMALLEST_STEP = 1e-9  # that training can make of a learned one
 
 
 class Grid(NamedTuple):
@@ -333,20 +334,25 @@ class LearnedStep(UniformQuantizer):
         return replace(self, signed=signed) if self.signed is None else self
 
     def grid(self, state):
-        low, high = ops.integer_range(self.num_bits, signed=self.signed is not False)
-        return Grid(state, 0.0, low, high)
+        low, high = self._ends
+        return Grid(keras.ops.maximum(state, _SMALLEST_STEP), 0.0, low, high)
 
     def __call__(self, x, state=None, channels=(-1,)):
         step = self._state(x, state, channels)
         per_step = keras.ops.cast(keras.ops.size(x), x.dtype) / keras.ops.cast(keras.ops.size(step), x.dtype)
-        factor = keras.ops.rsqrt(per_step * self.grid(step).high)
-        return super().__call__(x, ops.scale_gradient(keras.ops.maximum(step, 1e-9), factor), channels)
+        factor = keras.ops.rsqrt(per_step * self._ends[1])
+        return super().__call__(x, ops.scale_gradient(step, factor), channels)
 
     def measure(self, x, channels=()):
-        return ops.first_step(x, self.grid(None).high, channels if self.per_channel else ())
+        return ops.first_step(x, self._ends[1], channels if self.per_channel else ())
 
     def rescaled(self, state, num_bits):
-        return state * self.grid(None).high / self.with_bits(num_bits).grid(None).high
+        _, high = ops.integer_range(num_bits, signed=self.signed is not False)
+        return state * self._ends[1] / high
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        return ops.integer_range(self.num_bits, signed=self.signed is not False)
 
 
 @keras.saving.register_keras_serializable(package="keras_squeeze")
