@@ -30,7 +30,8 @@ class CompressibleWeight:
         path: Path inside the model, such as `"encoder/attention/query/kernel"`.
         variable: The `keras.Variable` that stores it (never a computed tensor).
         input_axis: The axis that is summed over when the layer is applied; n:m patterns run along it.
-        channel_axes: The axes of the outputs, negative; a scale per channel has an entry for each of theirs.
+        channel_axes: The axes of the outputs, negative; a scale per channel has an entry for each of theirs. Empty
+            where a kernel of integers takes one scale only.
     """
 
     name: str
@@ -110,7 +111,11 @@ def _built_in_table() -> dict[type, _Row]:
     table: dict[type, _Row] = {
         layers.Dense: _Row({"kernel": -2}, mac_formulas.dense),
         layers.EinsumDense: _Row({"kernel": _contracted_axis}, mac_formulas.einsum, {"kernel": _einsum_channels}),
-        layers.Embedding: _Row({"embeddings": -2, "reverse_embeddings": -2}, mac_formulas.embedding),
+        layers.Embedding: _Row(
+            {"embeddings": -2, "reverse_embeddings": -2},
+            mac_formulas.embedding,
+            {"embeddings": (), "reverse_embeddings": ()},
+        ),
         layers.MultiHeadAttention: _Row({}, mac_formulas.multi_head_attention, whole=True),
         layers.GroupQueryAttention: _Row({}, mac_formulas.grouped_query_attention, whole=True),
         layers.RNN: _Row({}, mac_formulas.recurrent, whole=True),

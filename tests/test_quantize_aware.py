@@ -53,7 +53,7 @@ LAYERS = {
         [(2, 5, 5, 3)],
         {"depthwise_kernel": (-2, -1), "pointwise_kernel": (-1,)},
     ),
-    "embedding": (lambda: layers.Embedding(9, 4), [(2, 5)], {"embeddings": (-1,)}),
+    "embedding": (lambda: layers.Embedding(9, 4), [(2, 5)], {"embeddings": ()}),
     "multi-head attention": (
         lambda: layers.MultiHeadAttention(2, 3),
         [(2, 4, 6), (2, 5, 6)],

@@ -33,8 +33,12 @@ class ExportResult:
         num_bytes: Its size.
         precision: `"float32"` or `"int8"`.
         max_abs_error: The largest difference between the file's outputs and the model's, over the sample inputs.
-        agreement: Fraction of the sample inputs for which the largest output is the same one.
+        agreement: Fraction of the sample inputs with the same answer: the same output is the largest; of a single
+            output between 0 and 1 the side of one half; of another single output within a hundredth of what it varies
+            by.
         float_ops: Operations that compute in float although the file is int8, but for the conversion at its ends.
+        other_integers: Quantized weights that the file does not have as they were trained: in float, or on another
+            grid.
     """
 
     path: pathlib.Path
@@ -43,9 +47,11 @@ class ExportResult:
     max_abs_error: float
     agreement: float
     float_ops: list[str] = field(default_factory=list)
+    other_integers: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         left = f"; in float: {', '.join(self.float_ops)}" if self.float_ops else ""
+        left += f"; not as trained: {', '.join(self.other_integers)}" if self.other_integers else ""
         return (
             f"{self.path}: {self.num_bytes:,} bytes, {self.precision}, largest difference to the model "
             f"{self.max_abs_error:.3g}, same answer for {self.agreement:.1%} of the sample inputs{left}"
@@ -67,7 +73,8 @@ def export(
             after training with the ranges that it has on `calibration_data`.
         calibration_data: Inputs: an array, `(x, y)`, or a `tf.data.Dataset` of batches. The comparison uses the first
             of them; without, random numbers within the range of the inputs.
-        allow_float: Whether quantized layers may compute in float where the converter has no integer kernel for them.
+        allow_float: Whether quantized layers may compute in float, or with other integers than they were trained with,
+            where the converter has no integer kernel for them.
 
     Returns:
         An `ExportResult`; print it.
@@ -87,29 +94,34 @@ def export(
     _check(model, path, precision)
     quantized = _has_quantizers(model)
     precision = precision or ("int8" if quantized else "float32")
+    shipped = model
     if precision == "float32" and quantized:
-        model = finalize(model, activations="drop")
+        shipped = finalize(model, activations="drop")
     if precision == "int8" and not quantized:
         if calibration_data is None:
             raise ValueError(
                 f"Model '{model.name}' has no quantizers, so int8 needs to know the ranges of its activations. Pass "
                 "calibration_data=inputs, or train what keras_squeeze.quantize_aware(model) returns."
             )
-        model = quantize_aware(model)
-        calibrate(model, calibration_data)
-    content = convert(model, integers=precision == "int8")
-    samples = _samples(model, calibration_data)
-    difference, agreement, float_ops = _compare(content, model, samples)
-    float_ops = float_ops if precision == "int8" else []
-    kernels = [name for name in float_ops if name.split(" ")[0] in _KERNELS]
-    if kernels and not allow_float:
+        shipped = quantize_aware(model)
+        calibrate(shipped, calibration_data)
+    wrappers = [layer for layer in shipped._flatten_layers() if isinstance(layer, QuantizeAware)]
+    _check_ready(shipped)
+    content = convert(shipped, integers=precision == "int8")
+    difference, agreement = _compare(content, model, _samples(model, calibration_data))
+    float_ops, other = [], []
+    if precision == "int8":
+        float_ops, other = _float_ops(content), _other_integers(content, wrappers)
+    names = [f"{wrapper.name}/" for wrapper in wrappers]
+    kernels = [op for op in float_ops if op.split(" ")[0] in _KERNELS and any(name in op for name in names)]
+    if (kernels or other) and not allow_float:
         raise ValueError(
-            f"Model '{model.name}': quantized layers would compute in float: {', '.join(kernels)}. Nothing was "
-            "written. "
-            "Leave these layers out of quantize_aware(layers=...), or pass allow_float=True."
+            f"Model '{model.name}': the converter has no integer kernel for quantized layers. In float: "
+            f"{', '.join(kernels) or 'none'}; weights in float or on another grid: {', '.join(other) or 'none'}. "
+            "Nothing was written. Leave these layers out (quantize_aware(layers=...)), or pass allow_float=True."
         )
     _write(path, content)
-    return ExportResult(path, len(content), precision, difference, agreement, float_ops)
+    return ExportResult(path, len(content), precision, difference, agreement, float_ops, other)
 
 
 def convert(model: keras.Model, *, integers: bool = False) -> bytes:
@@ -148,7 +160,16 @@ def convert(model: keras.Model, *, integers: bool = False) -> bytes:
     if integers:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     with _quiet():
-        return converter.convert()
+        try:
+            return converter.convert()
+        except Exception as problem:
+            if type(problem).__name__ != "ConverterError":
+                raise
+            reason = str(problem).strip().splitlines()[0][:300]
+            raise ValueError(
+                f"The converter cannot take model '{model.name}': {reason} If it computes in half precision, build it "
+                'with the dtype policy "float32" and load its weights.'
+            ) from None
 
 
 @contextlib.contextmanager
@@ -163,6 +184,23 @@ def _quiet():
             yield
     finally:
         logger.setLevel(level)
+
+
+def _check_ready(model) -> None:
+    """Says what is missing before anything is traced, where an error would be buried."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, FakeQuantize):
+            layer.follow_variables()
+            if layer.mixing:
+                raise ValueError(
+                    f"'{layer.name}' is still mixed with float: train to the end of the QuantizationSchedule, then "
+                    "export."
+                )
+            if not layer.is_known:
+                raise ValueError(
+                    f"'{layer.name}' has seen no data, so that its range is not known. Train the model, or "
+                    "calibrate it: keras_squeeze.quantization.conversion.calibrate(model, data)."
+                )
 
 
 def predict_file(file, inputs, names=()) -> list[np.ndarray]:
@@ -235,8 +273,8 @@ def _random(model, tensor, rng) -> np.ndarray:
     return rng.uniform(low, high, shape).astype(tensor.dtype)
 
 
-def _compare(content: bytes, model, samples) -> tuple[float, float, list[str]]:
-    """The largest difference, the fraction of equal answers, and the operations in float."""
+def _compare(content: bytes, model, samples) -> tuple[float, float]:
+    """The largest difference between a file and a model, and the fraction of equal answers."""
     structure = getattr(model, "_inputs_struct", None)
     batch = keras.tree.pack_sequence_as(structure, samples) if structure is not None else samples[0]
     expected = [keras.ops.convert_to_numpy(part) for part in keras.tree.flatten(model(batch, training=False))]
@@ -246,12 +284,58 @@ def _compare(content: bytes, model, samples) -> tuple[float, float, list[str]]:
         raise ValueError(f"LiteRT cannot run what the converter made of model '{model.name}': {problem}") from None
     pairs = list(zip(expected, actual, strict=True))
     difference = max(float(np.abs(got.astype("float64") - wanted).max()) for wanted, got in pairs)
-    same = [
-        np.all(one.argmax(-1) == other.argmax(-1))
-        for wanted, got in pairs
-        for one, other in zip(wanted, got, strict=True)
-    ]
-    return difference, float(np.mean(same)), _float_ops(content)
+    return difference, float(np.mean([_same_answers(wanted, got) for wanted, got in pairs]))
+
+
+def _same_answers(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """A bool for every example."""
+    if expected.shape[-1] > 1 and expected.ndim > 1:
+        same = expected.argmax(-1) == actual.argmax(-1)
+    elif expected.min() >= 0 and expected.max() <= 1:
+        same = (expected > 0.5) == (actual > 0.5)
+    else:
+        same = np.abs(expected - actual) <= 0.01 * np.ptp(expected)
+    return same.reshape(len(expected), -1).all(axis=1)
+
+
+def _other_integers(content: bytes, wrappers) -> list[str]:
+    """The weights whose integers the file does not have.
+
+    What is compared is how often each magnitude occurs: the converter reorders weights, and turns the sign of an output
+    whose batch normalization has a negative gamma.
+    """
+    stored = [_magnitudes(array) for array in _integer_constants(content)]
+    missing = []
+    for wrapper in wrappers:
+        for name, (integers, _, zero_point) in wrapper.to_integers().items():
+            expected = _magnitudes(integers - zero_point)
+            if not any(np.array_equal(expected, counts) for counts in stored):
+                missing.append(f"{wrapper.layer.name}/{name}")
+    return missing
+
+
+def _magnitudes(integers: np.ndarray) -> np.ndarray:
+    return np.bincount(np.abs(integers.astype("int64")).reshape(-1), minlength=1 << 8)
+
+
+def _integer_constants(content: bytes) -> list[np.ndarray]:
+    interpreter = _plain_interpreter(content)
+    constants = []
+    for detail in interpreter.get_tensor_details():
+        if detail["dtype"] == np.int8 and len(detail["shape"]):
+            try:
+                constants.append(interpreter.get_tensor(detail["index"]))
+            except ValueError:
+                continue  # it is computed, and not there before the first inference
+    return constants
+
+
+def _plain_interpreter(content: bytes):
+    """An interpreter without a delegate, which would hide operations and weights."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    return Interpreter(model_content=content, experimental_op_resolver_type=plain)
 
 
 def _place_of(name: str, names: list[str], default: int) -> int:
@@ -270,10 +354,7 @@ def _outputs_in_order(interpreter):
 
 def _float_ops(content: bytes) -> list[str]:
     """`OPERATION name of its output` of everything that gives floats, but for the conversion at the ends."""
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES  # a delegate would hide operations
-    interpreter = Interpreter(model_content=content, experimental_op_resolver_type=plain)
+    interpreter = _plain_interpreter(content)
     tensors = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
     left = []
     for operation in interpreter._get_ops_details():

@@ -14,19 +14,19 @@ from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.placement import Placement
 from keras_squeeze.quantization.quantizers import Affine, Binary, Quantizer, UniformQuantizer
-from keras_squeeze.quantization.wrapper import QuantizeAware
+from keras_squeeze.quantization.wrapper import QuantizeAware, takes_signs
 from keras_squeeze.selection import (
     CompressibleLayer,
     Layers,
     check_finite,
     compile_patterns,
+    find_layers,
     read,
     require_tensorflow,
     select_layers,
 )
 
 _EDGE_BITS = 8
-_LOW_BITS = 4  # below it, the first and the last layer keep `_EDGE_BITS`
 _PRUNED = 0.001  # a larger part of zeros is no accident
 
 
@@ -81,12 +81,13 @@ def quantize_aware(model: keras.Model, weights="int8", activations="default", *,
     selection = select_layers(model, layers)
     check_finite(selection.weights)
     chosen = _choose(weights, selection.layers)
-    units = _units(functional, chosen)
+    units = _units(functional, chosen, {id(entry.layer) for entry in find_layers(model).layers})
     if not isinstance(weights, dict):
         _keep_the_ends(model, units)
-    binary = [layer for layer, quantizer in units.values() if isinstance(quantizer, Binary) and quantizer.inputs]
+    xnor = [layer for layer, quantizer in units.values() if isinstance(quantizer, Binary) and quantizer.inputs]
+    binary = [layer for layer in xnor if takes_signs(layer)]
     if activations == "default":
-        activations = None if binary else "int8"
+        activations = None if xnor else "int8"
     activations = quantizers.get(activations)
     if activations is not None:
         activations.for_activations()  # refuses what is for weights only
@@ -115,10 +116,10 @@ def finalize(model: keras.Model, *, activations: str = "keep") -> keras.Model:
             in the model, under the layer names of the original one.
 
     Returns:
-        A new model, compiled like the old one if that was.
+        A new model, compiled like the old one if that was, and if no loss goes by an output whose name has changed.
 
     Raises:
-        TypeError, ValueError: no such model, or `activations` is neither.
+        TypeError, ValueError: no such model, `activations` is neither, or a `QuantizationSchedule` has not ended.
 
     Example:
 
@@ -134,8 +135,23 @@ def finalize(model: keras.Model, *, activations: str = "keep") -> keras.Model:
         raise ValueError(
             f"Model '{model.name}' has no `QuantizeAware` layers. Make one: keras_squeeze.quantize_aware(model)."
         )
+    for layer in model._flatten_layers():
+        if isinstance(layer, FakeQuantize):
+            layer.follow_variables()
+            if layer.mixing:
+                raise ValueError(
+                    f"'{layer.name}' is still mixed with float: train to the end of the QuantizationSchedule, then "
+                    "finalize."
+                )
     finalizer = _Finalizer(model, keep=activations == "keep")
     result = finalizer.rebuild(model)
+    wrapped = [layer for layer in result._flatten_layers() if isinstance(layer, QuantizeAware)]
+    left = [layer.name for layer in wrapped if not (activations == "keep" and layer.binary_inputs)]
+    if left:
+        raise ValueError(
+            f"Wrapped inside of other layers, which cannot be taken apart: {', '.join(left)}. Wrap the outer layer "
+            "instead: QuantizeAware(TimeDistributed(layer))."
+        )
     new_of = {}
     for old, new in finalizer.variables():
         new.assign(read(old))
@@ -143,16 +159,13 @@ def finalize(model: keras.Model, *, activations: str = "keep") -> keras.Model:
     for layer in model._flatten_layers():
         if isinstance(layer, QuantizeAware):
             for variable, values in layer.quantized_values():
-                if id(variable) not in new_of:
-                    raise ValueError(
-                        f"'{layer.name}' is wrapped inside of another layer, which cannot be taken apart. Wrap the "
-                        "outer "
-                        "one instead: QuantizeAware(TimeDistributed(layer))."
-                    )
                 new_of[id(variable)].assign(values)
-        elif isinstance(layer, keras.layers.Normalization):
-            new_of and [new.finalize_state() for new in result._flatten_layers() if new.name == layer.name]
-    compile_like(model, result)
+    for layer in result._flatten_layers():
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with what it has derived from its weights
+    by_name = model.compiled and any(isinstance(part, dict) for part in model._compile_config.config.values())
+    if not by_name or functional_of(model).output_names == functional_of(result).output_names:
+        compile_like(model, result)
     return result
 
 
@@ -170,6 +183,7 @@ def calibrate(model: keras.Model, data, *, num_batches: int | None = None) -> No
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, FakeQuantize)]
     if not layers:
         raise ValueError(f"Model '{model.name}' has no quantizers to calibrate.")
+    before = [(variable, read(variable).copy()) for layer in layers for variable in layer.variables]
     for layer in layers:
         layer.observing = layer.channels is None
         if layer.observing:
@@ -182,6 +196,10 @@ def calibrate(model: keras.Model, data, *, num_batches: int | None = None) -> No
             raise ValueError(
                 f"No range was found for {', '.join(unknown[:5])}: `data` gives them NaN or infinite values."
             )
+    except Exception:
+        for variable, value in before:
+            variable.assign(value)
+        raise
     finally:
         for layer in layers:
             layer.observing = False
@@ -209,17 +227,22 @@ def _choose(weights, found) -> list[tuple[CompressibleLayer, Quantizer]]:
     return [(entry, quantizer) for entry, quantizer in matches if quantizer is not None]
 
 
-def _units(functional, chosen) -> Units:
+def _units(functional, chosen, compressible: set[int]) -> Units:
     """What the model calls for each selected layer: the layer itself, or the `TimeDistributed`, ... around it."""
     by_layer = {id(entry.layer): quantizer for entry, quantizer in chosen}
     units: Units = {}
     for node in nodes_of(functional):
         layer = node.operation
         if functional_of(layer) is not None:
-            units.update(_units(functional_of(layer), chosen))
+            units.update(_units(functional_of(layer), chosen, compressible))
         elif isinstance(layer, keras.layers.Layer):
-            inside = [by_layer[id(part)] for part in layer._flatten_layers() if id(part) in by_layer]
-            if inside:
+            inside = [by_layer.get(id(part)) for part in layer._flatten_layers() if id(part) in compressible]
+            if any(inside) and any(quantizer != inside[0] for quantizer in inside):
+                raise ValueError(
+                    f"'{layer.name}' is wrapped as a whole, so that all its parts get the same quantizer, or none. "
+                    f"Received: {', '.join(map(str, inside))}"
+                )
+            if inside and inside[0]:
                 units[id(layer)] = layer, inside[0]
     return units
 
@@ -231,7 +254,7 @@ def _keep_the_ends(model, units: Units) -> None:
         return
     for id_ in ends:
         layer, quantizer = units[id_]
-        if quantizer.bits < _LOW_BITS:
+        if quantizer.bits < placing.LOW_BITS:
             units[id_] = layer, Affine(_EDGE_BITS)
 
 
@@ -257,13 +280,19 @@ def _warn_of_float(model, selection, placement: Placement | None) -> None:
         warnings.warn(f"Model '{model.name}': left in float: {', '.join(left)}.", stacklevel=3)
 
 
+@keras.saving.register_keras_serializable(package="keras_squeeze")
+class SplitActivation(keras.layers.Activation):
+    """The activation of a layer that integer kernels compute apart; `finalize(activations="drop")` puts it back."""
+
+
 class _Wrapper(Rebuilder):
     """Puts wrappers around layers and quantizers behind them."""
 
     def __init__(self, model, units: Units, activations: Quantizer | None, placement: Placement):
         super().__init__()
         self._units, self._activations, self._placement = units, activations, placement
-        self._inputs = {id(tensor._keras_history[0]) for tensor in model.inputs}
+        self._outputs = {tensor._keras_history[0].name for tensor in functional_of(model).outputs}
+        self._names = {layer.name for layer in model._flatten_layers()}
         self._added: dict[int, list[keras.Layer]] = {}
 
     def make(self, layer):
@@ -272,7 +301,9 @@ class _Wrapper(Rebuilder):
         weights = self._units[id(layer)][1]
         if self._splits(layer):
             return QuantizeAware(copy_layer(layer, {"activation": "linear"}), weights, self._activations_at(layer))
-        return QuantizeAware(copy_layer(layer), weights, self._output_quantizer(layer))
+        # An output keeps its name, by which losses and metrics are given.
+        options = {"name": layer.name} if layer.name in self._outputs else {}
+        return QuantizeAware(copy_layer(layer), weights, self._output_quantizer(layer), **options)
 
     def skips(self, operation):
         return id(operation) in self._placement.bypassed
@@ -297,14 +328,23 @@ class _Wrapper(Rebuilder):
         extra: list[keras.Layer] = []
         dtype = getattr(layer, "dtype_policy", None)
         if self._splits(layer):
-            extra.append(keras.layers.Activation(layer.activation, name=f"{layer.name}_activation", dtype=dtype))
+            extra.append(SplitActivation(layer.activation, name=self._unused(f"{layer.name}_activation"), dtype=dtype))
         elif id(layer) in self._units:
             return extra
         quantizer = self._output_quantizer(layer)
         if quantizer is not None:
-            name = extra[0].name if extra else layer.name
-            extra.append(FakeQuantize(quantizer, name=f"quantized_{name}", dtype=dtype))
+            name = self._unused(f"quantized_{extra[0].name if extra else layer.name}")
+            if extra and layer.name in self._outputs:
+                name = layer.name
+            extra.append(FakeQuantize(quantizer, name=name, dtype=dtype))
         return extra
+
+    def _unused(self, name: str) -> str:
+        """A name that no layer of the model has."""
+        while name in self._names:
+            name = f"{name}_"
+        self._names.add(name)
+        return name
 
     def _output_quantizer(self, layer) -> Quantizer | None:
         signed = self._placement.quantized.get(id(layer))
@@ -328,6 +368,7 @@ class _Finalizer(Rebuilder):
     def __init__(self, model, *, keep: bool):
         super().__init__()
         self._keep = keep
+        self._inner = {layer.layer.name for layer in model._flatten_layers() if isinstance(layer, QuantizeAware)}
         self._added: dict[int, list[keras.Layer]] = {}
         self._activations: dict[int, Any] = {}  # of layers that were split, and are joined again
         self._joined: set[int] = set()
@@ -335,6 +376,8 @@ class _Finalizer(Rebuilder):
             self._join(model)
 
     def make(self, layer):
+        if isinstance(layer, FakeQuantize) and layer.name in self._inner:  # the layer itself has this name again
+            return FakeQuantize.from_config({**layer.get_config(), "name": f"quantized_{layer.name}"})
         if not isinstance(layer, QuantizeAware) or self._stays(layer):
             return super().make(layer)
         activation = self._activations.get(id(layer))
@@ -348,7 +391,7 @@ class _Finalizer(Rebuilder):
             return []
         if id(layer) not in self._added:
             quantize = layer.output_quantizer
-            extra = FakeQuantize.from_config({**quantize.get_config(), "name": layer.name})
+            extra = FakeQuantize.from_config({**quantize.get_config(), "name": f"quantized_{layer.layer.name}"})
             self._added[id(layer)] = [extra]
             self._made[id(quantize)] = quantize, extra
         return self._added[id(layer)]
@@ -364,14 +407,14 @@ class _Finalizer(Rebuilder):
             layer = node.operation
             if functional_of(layer) is not None:
                 self._join(layer)
-            elif isinstance(layer, QuantizeAware) and _is_split_off(reader, layer):
+            elif isinstance(layer, QuantizeAware) and _is_split_off(reader):
                 self._activations[id(layer)] = reader.activation
                 self._joined.add(id(reader))
 
 
-def _is_split_off(reader, layer: QuantizeAware) -> bool:
+def _is_split_off(reader) -> bool:
     """Whether a layer is the activation that `quantize_aware` took from another one."""
-    return isinstance(reader, keras.layers.Activation) and reader.name == f"{layer.layer.name}_activation"
+    return isinstance(reader, SplitActivation)
 
 
 def _is_composite(layer) -> bool:

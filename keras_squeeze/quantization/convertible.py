@@ -25,7 +25,10 @@ def convertible_weight(
 
     values = (scale * (integers - zero_point)).astype("float32")
     if channels is None or np.any(zero_point) or np.abs(integers).max(initial=0) > _HIGH:
-        return tf.constant(values)  # no kernel takes these; the report says what is left in float
+        return tf.constant(values)  # no kernel takes these, and `export` finds other integers or none
+    if not channels:
+        end = float(scale.reshape(-1)[0]) * _HIGH
+        return tf.quantization.fake_quant_with_min_max_vars(values, -end, end, num_bits=_BITS, narrow_range=True)
     axes = [axis % values.ndim for axis in channels]
     order = [axis for axis in range(values.ndim) if axis not in axes] + axes
     flat = values.transpose(order).reshape(*(values.shape[axis] for axis in order[: -len(axes)]), -1)

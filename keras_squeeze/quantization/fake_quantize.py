@@ -76,6 +76,7 @@ class FakeQuantize(keras.layers.Layer):
         if not keras.backend.is_float_dtype(inputs.dtype):
             raise TypeError(f"'{self.name}' quantizes float tensors only. Received: dtype {inputs.dtype}")
         x = ops.cast(inputs, "float32")
+        self.follow_variables()
         if is_converting():
             return ops.cast(self._convertible(x), inputs.dtype)
         state = self._current_state(x, bool(training))
@@ -119,12 +120,24 @@ class FakeQuantize(keras.layers.Layer):
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
-        bits = round(float(ops.convert_to_numpy(self.num_bits)))
-        if isinstance(self.quantizer, UniformQuantizer) and bits != self.quantizer.bits:
-            self.quantizer = self.quantizer.with_bits(bits)
-        self.mixing = float(ops.convert_to_numpy(self.mix)) < 1
+        self.follow_variables()
+
+    def follow_variables(self) -> None:
+        """Takes over the bits and the mix that the variables have; they may have been set behind this layer's back.
+
+        What Keras has traced before, such as a `predict_function`, does not know them yet.
+        """
+        import tensorflow as tf
+
+        with tf.init_scope():  # now, even while a function is traced
+            bits, mix = (float(ops.convert_to_numpy(variable)) for variable in (self.num_bits, self.mix))
+        if isinstance(self.quantizer, UniformQuantizer) and round(bits) != self.quantizer.bits:
+            self.quantizer = self.quantizer.with_bits(round(bits))
+        self.mixing = mix < 1
 
     def get_config(self):
+        if self.built:
+            self.follow_variables()
         quantizer = keras.saving.serialize_keras_object(self.quantizer)
         channels = None if self.channels is None else list(self.channels)
         return {**super().get_config(), "quantizer": quantizer, "channels": channels}

@@ -16,6 +16,8 @@ from keras.src.ops import numpy as operations  # what `+` between tensors become
 from keras_squeeze.graphs import functional_of, nodes_of
 from keras_squeeze.selection import layer_weights
 
+LOW_BITS = 4  # below it, the first and the last layer of a model keep what they have
+
 # The softmax and the sigmoid kernels of TensorFlow Lite give 1/256 a step.
 FIXED_RANGES = {"softmax": (0.0, 255 / 256), "sigmoid": (0.0, 255 / 256), "tanh": (-1.0, 127 / 128)}
 
@@ -100,7 +102,8 @@ def place(model, selected: Iterable[keras.Layer], binary: Iterable[keras.Layer])
 class _Level:
     """One functional model: who makes its tensors, and who reads them."""
 
-    def __init__(self, model):
+    def __init__(self, model, nested: bool = False):
+        self.nested = nested
         self.functional = functional_of(model)
         self.nodes = list(nodes_of(self.functional))
         self.maker = {id(tensor): node for node in self.nodes for tensor in node.output_tensors}
@@ -124,7 +127,7 @@ def only_reader(model) -> Iterator[tuple[Any, Any]]:
 
 
 def _place(model, prefix: str, selected: set[int], binary: set[int], placement: Placement) -> None:
-    level = _Level(model)
+    level = _Level(model, nested=bool(prefix))
     for tensor in level.functional.inputs if not prefix else ():
         if _is_read_as_integers(level, tensor, selected):
             placement.quantized[id(tensor._keras_history[0])] = True
@@ -163,11 +166,13 @@ def _is_read_as_integers(level: "_Level", tensor, selected: set[int]) -> bool:
         return False
     for node in level.readers.get(id(tensor), []):
         if node is None:
+            if level.nested:
+                return True  # by what follows the model, as far as is known here
             continue
         inner = functional_of(node.operation)
         if inner is not None:
             entry = next(i for i, outside in enumerate(node.input_tensors) if outside is tensor)
-            if _is_read_as_integers(_Level(node.operation), inner.inputs[entry], selected):
+            if _is_read_as_integers(_Level(node.operation, nested=True), inner.inputs[entry], selected):
                 return True
         elif isinstance(node.operation, _MOVING):
             if _is_read_as_integers(level, node.output_tensors[0], selected):
@@ -196,7 +201,8 @@ def _signed(level: _Level, node) -> bool:
     passes = isinstance(layer, (*_MOVING, *_COMPUTING, *_OPERATIONS)) and not isinstance(
         layer, (layers.Subtract, operations.Subtract)
     )
-    if not passes or activation_name(layer) not in (None, "linear"):
+    constant = isinstance(layer, _OPERATIONS) and len(node.input_tensors) < 2  # one side is a number, of any sign
+    if not passes or constant or activation_name(layer) not in (None, "linear"):
         return True
     makers = [level.maker.get(id(tensor)) for tensor in node.input_tensors]
     return any(maker is None or _signed(level, maker) for maker in makers)
@@ -215,9 +221,10 @@ def _check_signs(level: _Level, node, path: str, binary: set[int], placement: Pl
     if _signed(level, maker):
         return
     producer = maker.operation
+    once = sum(other.operation is producer for other in level.nodes) == 1
     before = level.maker.get(id(maker.input_tensors[0])) if maker.input_tensors else None
     after_norm = before is not None and isinstance(before.operation, layers.BatchNormalization)
-    if isinstance(producer, _ACTIVATIONS) and after_norm and _only_signs(level, maker, binary):
+    if isinstance(producer, _ACTIVATIONS) and after_norm and once and _only_signs(level, maker, binary):
         placement.bypassed.add(id(producer))
         placement.quantized.pop(id(producer), None)
         return

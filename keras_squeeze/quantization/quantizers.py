@@ -4,6 +4,7 @@ A quantizer is a small immutable object with a config and without state. What it
 of activations or a learned step, is a tensor that `measure` makes and that a `FakeQuantize` layer keeps.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,7 +20,6 @@ RANGES = ("min_max", "moving_average", "percentile", "mse")
 
 _FEWEST_BITS, _MOST_BITS = 2, 16
 _MOMENTUM = 0.99  # of ranges that are averaged over batches
-_SMALLEST_STEP = 1e-9  # that training can make of a learned one
 
 
 class Grid(NamedTuple):
@@ -303,7 +303,8 @@ class LearnedStep(UniformQuantizer):
     """A grid whose step is trained with the weights.
 
     The step begins at `2 * mean|v| / sqrt(high)` of the first tensor; its gradient is that of equation 3, times
-    `1 / sqrt(n * high)` for n values.
+    `1 / sqrt(n * high)` for n values. What is kept, and trained, is the logarithm of the step: it stays positive, and
+    an optimizer that evens out gradients, such as Adam, moves it in proportion.
 
     Args:
         num_bits: 2 to 16.
@@ -335,20 +336,20 @@ class LearnedStep(UniformQuantizer):
 
     def grid(self, state):
         low, high = self._ends
-        return Grid(keras.ops.maximum(state, _SMALLEST_STEP), 0.0, low, high)
+        return Grid(keras.ops.exp(state), 0.0, low, high)
 
     def __call__(self, x, state=None, channels=(-1,)):
-        step = self._state(x, state, channels)
-        per_step = keras.ops.cast(keras.ops.size(x), x.dtype) / keras.ops.cast(keras.ops.size(step), x.dtype)
+        logarithm = self._state(x, state, channels)
+        per_step = keras.ops.cast(keras.ops.size(x), x.dtype) / keras.ops.cast(keras.ops.size(logarithm), x.dtype)
         factor = keras.ops.rsqrt(per_step * self._ends[1])
-        return super().__call__(x, ops.scale_gradient(step, factor), channels)
+        return super().__call__(x, ops.scale_gradient(logarithm, factor), channels)
 
     def measure(self, x, channels=()):
-        return ops.first_step(x, self._ends[1], channels if self.per_channel else ())
+        return keras.ops.log(ops.first_step(x, self._ends[1], channels if self.per_channel else ()))
 
     def rescaled(self, state, num_bits):
         _, high = ops.integer_range(num_bits, signed=self.signed is not False)
-        return state * self._ends[1] / high
+        return state + math.log(self._ends[1] / high)
 
     @property
     def _ends(self) -> tuple[int, int]:

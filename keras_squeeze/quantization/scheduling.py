@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import keras
 
+from keras_squeeze.graphs import functional_of
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
+from keras_squeeze.quantization.placement import LOW_BITS, find_ends
 from keras_squeeze.quantization.quantizers import UniformQuantizer
 from keras_squeeze.quantization.wrapper import QuantizeAware
 from keras_squeeze.schedules import UPDATES_BY_DEFAULT, check_time, to_steps
@@ -29,7 +31,8 @@ class QuantizationSchedule(CompressionCallback):
             and leaves them as they are, so that training ends with what inference computes. 1.0: never.
         num_bits: How the bits of weights with a grid of 2 to 16 bits change: a list such as `[8, 4, 2]`, spread evenly
             from `delay` to `freeze`, the last one from `freeze` on at the latest; or `{regular expression: list}`, by
-            the path of a layer inside the model. None: they stay.
+            the path of a layer inside the model. None: they stay. Where a list goes below 4 bits, the first and the
+            last layer keep theirs, unless a dict says otherwise.
         ramp: How long, after `delay`, the model takes to go from float to quantized, mixing the two. 0: at once.
 
     Raises:
@@ -80,11 +83,20 @@ class QuantizationSchedule(CompressionCallback):
                 f"ramp={self.ramp!r} ({ramp} steps), freeze={self.freeze!r} (step {freeze})."
             )
         annealed = self._find_annealed(model)
+        if self._run is not None and sum(isinstance(each, QuantizationSchedule) for each in self._run.callbacks) > 1:
+            raise ValueError("Two quantization schedules cannot drive the same model: pass one QuantizationSchedule.")
         self.detach()
         self._model, self._quantizers, self._annealed = model, quantizers, annealed
-        self._norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+        self._norms = [
+            layer
+            for layer in model._flatten_layers()
+            if isinstance(layer, keras.layers.BatchNormalization) and layer._call_has_training_arg
+        ]
+        self._set_frozen(False)  # an interrupted `fit` may have left the model frozen
         self._times = delay, delay + ramp, freeze
         self._last = to_steps(self.freeze, total_steps) if annealed else 0
+        if self._run is None:  # `fit` says at which step it begins
+            self.update(0)
 
     def update(self, step):
         if self._model is None:
@@ -166,7 +178,10 @@ class QuantizationSchedule(CompressionCallback):
         if not self._stages:
             return []
         found: list[tuple[FakeQuantize, Sequence[int]]] = []
+        kept = self._kept_ends(model)
         for path, wrapper in _wrappers(model, ""):
+            if id(wrapper) in kept:
+                continue
             bits = next((bits for pattern, bits in self._stages if pattern.search(path)), [])
             for quantize in wrapper.weight_quantizers if bits else ():
                 if isinstance(quantize.quantizer, UniformQuantizer):
@@ -179,6 +194,15 @@ class QuantizationSchedule(CompressionCallback):
             )
         return found
 
+    def _kept_ends(self, model) -> set[int]:
+        """The first and the last layer, which keep their bits where others fall below four and no dict says more."""
+        few = [bits for path, bits in self.num_bits.items() if path == "" and min(bits) < LOW_BITS]
+        if not few or functional_of(model) is None:
+            return set()
+        wrappers = [wrapper for _, wrapper in _wrappers(model, "")]
+        ends = find_ends(model, wrappers)
+        return ends if any(id(wrapper) not in ends for wrapper in wrappers) else set()
+
     def _set_frozen(self, frozen: bool) -> None:
         self._frozen = frozen
         for quantize in self._quantizers:
@@ -186,7 +210,7 @@ class QuantizationSchedule(CompressionCallback):
         for norm in self._norms:
             if frozen:
                 norm.call = functools.partial(_with_moving_statistics, type(norm).call, norm)
-            else:
+            elif "call" in vars(norm):
                 del norm.call
 
     def _trace_anew(self) -> None:
@@ -196,8 +220,8 @@ class QuantizationSchedule(CompressionCallback):
             self._run.trace_anew()
 
 
-def _with_moving_statistics(call, norm, inputs, training=None, mask=None):
-    return call(norm, inputs, training=False, mask=mask)
+def _with_moving_statistics(call, norm, *args, **kwargs):
+    return call(norm, *args, **{**kwargs, "training": False})
 
 
 def _wrappers(layer, path: str):

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import layers, ops
-from keras.src.backend import AutocastScope, Variable, in_stateless_scope
+from keras.src.backend import AutocastScope, Variable, compute_output_spec, in_stateless_scope
 from keras.src.layers.convolutional.base_conv import BaseConv
 
 from keras_squeeze.quantization import quantizers
@@ -70,6 +70,8 @@ class QuantizeAware(layers.Wrapper):
         if activations == "default":
             activations = None if self.binary_inputs else "int8"
         output = quantizers.get(activations)
+        if self.binary_inputs:
+            self.activity_regularizer = layer.activity_regularizer  # the layer itself is not called
         self.output_quantizer: FakeQuantize | None = None
         if output is not None:
             self.output_quantizer = FakeQuantize(output, name="activations", dtype=self.dtype_policy)
@@ -80,14 +82,14 @@ class QuantizeAware(layers.Wrapper):
     def binary_inputs(self) -> Binary | None:
         """The quantizer that binarizes the inputs of the layer as well; None where they are not."""
         quantizer = self.weight_quantizer
-        layer = self.layer
-        takes_signs = isinstance(layer, layers.Dense) or (isinstance(layer, BaseConv) and layer.groups == 1)
-        return quantizer if takes_signs and isinstance(quantizer, Binary) and quantizer.inputs else None
+        return quantizer if isinstance(quantizer, Binary) and quantizer.inputs and takes_signs(self.layer) else None
 
     def build(self, *args, **kwargs):
         if not self.layer.built:
             self.layer.build(*args, **kwargs)
             self.layer.built = True
+            if args and not all(part.built for part in self.layer._flatten_layers()):
+                compute_output_spec(self.layer.call, keras.KerasTensor(args[0]))  # made of parts that a call builds
         if self.output_quantizer is not None:
             self.output_quantizer.build((None,))
         if self.weight_quantizer is None:
@@ -125,6 +127,9 @@ class QuantizeAware(layers.Wrapper):
     def compute_output_spec(self, *args, **kwargs):
         return self.layer.compute_output_spec(*args, **kwargs)
 
+    def compute_output_shape(self, *args, **kwargs):
+        return self.layer.compute_output_shape(*args, **kwargs)
+
     def get_build_config(self):
         return {"layer": self.layer.get_build_config()}
 
@@ -160,8 +165,8 @@ class QuantizeAware(layers.Wrapper):
         return quantize
 
     def _call_quantized(self, *args, **kwargs):
-        is_dense = isinstance(self.layer, layers.Dense)
-        if self.binary_inputs or (is_dense and is_converting() and self.quantized_weights):
+        written_out = isinstance(self.layer, (layers.Dense, layers.Conv1D)) and _is_plain(self.layer)
+        if self.binary_inputs or (written_out and is_converting() and self.quantized_weights):
             outputs = self._product(args[0] if args else kwargs["inputs"])
         else:
             outputs = self._stateless(self._values(), args, kwargs)
@@ -176,7 +181,9 @@ class QuantizeAware(layers.Wrapper):
         pairs = list(zip(self.quantized_weights, self.weight_quantizers, strict=True))
         if not is_converting():
             return [(weight.variable, quantize(_value(weight.variable))) for weight, quantize in pairs]
-        marked = isinstance(self.layer, (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D))
+        marked = isinstance(
+            self.layer, (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D, layers.Embedding)
+        )
         return [
             (weight.variable, convertible_weight(integers, scale, zero_point, weight.channel_axes if marked else None))
             for (weight, _), (integers, scale, zero_point) in zip(pairs, self._constants(), strict=True)
@@ -215,6 +222,8 @@ class QuantizeAware(layers.Wrapper):
         read_inputs = sign(inputs, str(binary.inputs)) if binary else inputs
         if is_converting() and isinstance(layer, layers.Dense):
             outputs = convertible_matmul(read_inputs, *self._constants()[0])
+        elif is_converting() and isinstance(layer, layers.Conv1D):
+            outputs = _as_rows(layer, read_inputs, *self._constants()[0])
         else:
             outputs = _apply(layer, read_inputs, ops.cast(self._values()[0][1], layer.compute_dtype))
         if binary and binary.scaled:
@@ -265,6 +274,18 @@ register_wrapper(QuantizeAware, _refusal_of_zeros)
 register_grids(QuantizeAware, _grids)
 
 
+def takes_signs(layer) -> bool:
+    """Whether the inputs of a layer can be binarized: Dense layers and convolutions that compute what Keras's do."""
+    kinds = isinstance(layer, layers.Dense) or (isinstance(layer, BaseConv) and layer.groups == 1)
+    return kinds and _is_plain(layer)
+
+
+def _is_plain(layer) -> bool:
+    """Whether a Dense layer or a convolution is called as Keras calls it, so that it can be written out."""
+    plain = type(layer).call in (layers.Dense.call, BaseConv.call, layers.Conv1D.call)
+    return plain and not getattr(layer, "lora_enabled", False)
+
+
 def _check_layer(layer) -> None:
     if not isinstance(layer, layers.Layer):
         raise TypeError(f"`layer` must be a Keras layer. Received: {layer!r}")
@@ -287,6 +308,22 @@ def _value(variable):
     """A variable's value in its own precision, whatever Keras casts to around it."""
     with AutocastScope(None):
         return ops.convert_to_tensor(variable)
+
+
+def _as_rows(layer, inputs, integers, scale, zero_point):
+    """A Conv1D as a convolution over pictures of one row, which the converter has an integer kernel for."""
+    import tensorflow as tf
+
+    padding = layer.padding
+    if padding == "causal":
+        inputs, padding = ops.pad(inputs, layer._compute_causal_padding()), "valid"
+    if layer.data_format == "channels_first":
+        inputs = ops.transpose(inputs, (0, 2, 1))
+    kernel = convertible_weight(integers[np.newaxis], scale, zero_point, (-1,))
+    (stride,), (rate,) = layer.strides, layer.dilation_rate
+    rows = tf.nn.conv2d(inputs[:, tf.newaxis], kernel, (1, stride), padding.upper(), dilations=(1, rate))
+    outputs = tf.squeeze(rows, 1)
+    return ops.transpose(outputs, (0, 2, 1)) if layer.data_format == "channels_first" else outputs
 
 
 def _apply(layer, inputs, kernel):
