@@ -377,7 +377,7 @@ class _Finalizer(Rebuilder):
 
     def make(self, layer):
         if isinstance(layer, FakeQuantize) and layer.name in self._inner:  # the layer itself has this name again
-            return FakeQuantize.from_config({**layer.get_config(), "name": f"quantized_{layer.name}"})
+            return FakeQuantize.from_config({**layer.get_config(), "name": f"quantized_{layer.name}_activation"})
         if not isinstance(layer, QuantizeAware) or self._stays(layer):
             return super().make(layer)
         activation = self._activations.get(id(layer))

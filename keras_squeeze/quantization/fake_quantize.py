@@ -5,7 +5,7 @@ import threading
 
 import keras
 from keras import ops
-from keras.src.backend import compute_output_spec
+from keras.src.backend import compute_output_spec, in_stateless_scope
 
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.quantizers import Binary, Quantizer, UniformQuantizer
@@ -57,9 +57,14 @@ class FakeQuantize(keras.layers.Layer):
         self.mixing = self.frozen = self.observing = False
         self.seeds = keras.random.SeedGenerator() if self.quantizer.random else None
         self.range_state = self.initialized = None
+        self._has_values = False
         self.supports_masking = True
 
     def build(self, input_shape):
+        import tensorflow as tf
+
+        self._has_values = tf.executing_eagerly()  # else the variables get theirs once the function is traced
+
         def scalar(name, value):
             initializer = keras.initializers.Constant(value)
             return self._add(name, (), initializer, trainable=False, aggregation="only_first_replica")
@@ -76,7 +81,8 @@ class FakeQuantize(keras.layers.Layer):
         if not keras.backend.is_float_dtype(inputs.dtype):
             raise TypeError(f"'{self.name}' quantizes float tensors only. Received: dtype {inputs.dtype}")
         x = ops.cast(inputs, "float32")
-        self.follow_variables()
+        if self._has_values and not in_stateless_scope():
+            self.follow_variables()
         if is_converting():
             return ops.cast(self._convertible(x), inputs.dtype)
         state = self._current_state(x, bool(training))
