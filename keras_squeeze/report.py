@@ -261,7 +261,7 @@ class _Stored:
     noise: float = 0.0
 
     @classmethod
-    def measured(cls, variable, grid: Grid | None, is_kernel: bool) -> "_Stored":
+    def measured(cls, variable, grid: Grid | None = None, is_kernel: bool = False) -> "_Stored":
         """`grid`: what a wrapper says of a weight; of others that are kernels it is found out."""
         real = read(variable)
         if grid is None and is_kernel and np.issubdtype(real.dtype, np.floating):

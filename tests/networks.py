@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 
 def small_convnet(optimizer="adam", **compile_options) -> keras.Model:
@@ -80,3 +81,8 @@ class ZerosAtEveryStep(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.at_epoch.append(count_zeros(self.model))
+
+
+def two_devices() -> tf.distribute.Strategy:
+    """Collectives serve models of one size only in a process, so none are used."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice())

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from networks import ZerosAtEveryStep, count_zeros, expected_zeros, kernels, small_convnet
+from networks import ZerosAtEveryStep, count_zeros, expected_zeros, kernels, small_convnet, two_devices
 
 import keras_squeeze as ks
 
@@ -85,7 +85,7 @@ def test_precision(digits, policy):
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_mirrored_over_two_devices(digits, policy, use_ema):
     keras.config.set_dtype_policy(policy)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_devices()
     with strategy.scope():
         model = small_convnet(keras.optimizers.Adam(use_ema=use_ema))
     assert_on_target(model, fit(model, digits))
@@ -95,7 +95,7 @@ def test_mirrored_over_two_devices(digits, policy, use_ema):
 
 
 def test_mirrored_with_a_gradient_criterion(digits):
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with two_devices().scope():
         model = small_convnet()
     schedule = ks.schedules.PolynomialDecay(TARGET, frequency=20)
     assert_on_target(model, fit(model, digits, pruning=ks.MagnitudePruning(schedule, criterion="snip", data=digits)))
@@ -368,7 +368,7 @@ def test_metrics_over_replicas_are_those_of_keras(digits):
     x, y = digits
     histories = []
     for callbacks in ([], [ks.MagnitudePruning(0.0)]):
-        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        with two_devices().scope():
             model = small_convnet("sgd")
         options = {"batch_size": 50, "epochs": 1, "verbose": 0, "shuffle": False}  # the last batch is uneven
         histories.append(model.fit(x, y, callbacks=callbacks, **options).history)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from networks import residual_convnet
+from networks import residual_convnet, two_devices
 
 import keras_squeeze as ks
 from keras_squeeze.pruning import neuron_criteria
@@ -130,7 +130,7 @@ def test_precision(digits, policy):
 
 
 def test_mirrored_over_two_devices(digits):
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with two_devices().scope():
         model = residual_convnet()
         fit(model, digits)
         assert_half_is_gone(model, digits)

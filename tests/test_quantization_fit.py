@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from networks import count_zeros, expected_zeros, kernels, small_convnet
+from networks import count_zeros, expected_zeros, kernels, small_convnet, two_devices
 from resumable_quantization import BATCHES_PER_EPOCH, BITS, DELAY, EPOCHS, RAMP
 
 import keras_squeeze as ks
@@ -190,11 +190,6 @@ def test_precision(some, policy, weights):
     assert {state.dtype for state in ranges(q)} == {np.dtype("float32")}
     assert wrapper(q, "hidden").compute_dtype == policy.removeprefix("mixed_")
     assert_quantized(q, some[0])
-
-
-def two_devices():
-    # Collectives serve models of one size only in a process, so none are used.
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice())
 
 
 @pytest.mark.parametrize(("weights", "freeze"), [("int8", 15), (LearnedStep(4), 1.0)], ids=str)

@@ -114,7 +114,7 @@ def test_a_layer_by_hand():
     inputs, units = 12, 5
     model = keras.Sequential([keras.Input((inputs,)), layers.Dense(units, name="only")])
     kernel = np.zeros((inputs, units), "float32")
-    kernel[::3] = 1.0  # 4 of 12 rows
+    kernel[::3] = np.random.default_rng(0).normal(size=(4, units))  # of 12 rows; on no grid
     model.layers[0].set_weights([kernel, np.ones(units)])
     (layer,) = ks.summarize(model).layers
     nonzeros, whole = 4 * units, inputs * units
