@@ -421,3 +421,90 @@ def test_a_model_of_its_own_class_keeps_its_training_step():
     q = ks.quantize_aware(model)
     q.compile("sgd", "mse")
     assert q.fit(np.zeros((4, 4)), np.zeros((4, 2)), verbose=0).history["mine"] == [7.0]
+
+
+def test_a_relu_that_is_called_twice_is_not_taken_away():
+    inputs = keras.Input((8,))
+    relu = layers.ReLU(name="shared")
+    x = layers.BatchNormalization()(layers.Dense(8, name="first")(inputs))
+    x = relu(layers.BatchNormalization()(layers.Dense(8, name="middle")(relu(x))))
+    model = keras.Model(inputs, layers.Dense(2, name="last")(x))
+    with pytest.raises(ValueError, match=r"middle: its inputs are binarized.*'shared'"):
+        ks.quantize_aware(model, "xnor")
+
+
+def test_a_product_with_a_number_can_be_negative():
+    inputs = keras.Input((6,))
+    x = layers.Dense(6, activation="relu", name="first")(inputs) * -1.0
+    model = keras.Model(inputs, layers.Dense(2, name="last")(x))
+    q = ks.quantize_aware(model, "int8", ks.quantizers.LearnedStep(8))
+    after = next(layer for layer in q.layers if isinstance(layer, FakeQuantize) and "multiply" in layer.name)
+    assert after.quantizer.signed
+
+
+def test_an_activation_of_the_user_is_none_that_was_split_off():
+    inputs = keras.Input((6,))
+    x = layers.Dense(4, activation="relu", name="out")(inputs)
+    model = keras.Model(inputs, layers.Activation("softmax", name="out_activation")(x))
+    dropped = ks.finalize(ks.quantize_aware(model), activations="drop")
+    assert names(dropped) == names(model)
+    assert dropped.get_layer("out").activation is keras.activations.relu
+
+
+def test_what_a_nested_model_gives_is_rounded():
+    preparation = keras.Sequential([keras.Input((8, 8, 3)), layers.Rescaling(1 / 255, name="rescaling")])
+    model = keras.Sequential([keras.Input((8, 8, 3)), preparation, layers.Conv2D(4, 3, name="conv")])
+    with pytest.warns(UserWarning, match="left in float: sequential/rescaling"):
+        q = ks.quantize_aware(model)
+    assert any(layer.name == "quantized_rescaling" for layer in q._flatten_layers())
+
+
+class Block(layers.Layer):
+    """Made of parts that only a call builds."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.one, self.two = layers.Dense(5, name="one"), layers.Dense(4, name="two")
+
+    def call(self, x):
+        return self.two(self.one(x))
+
+
+def test_a_layer_made_of_others_is_wrapped_as_a_whole():
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, Block(name="block")(inputs))
+    q = ks.quantize_aware(model, "int4", None)
+    wrapper = next(layer for layer in q.layers if isinstance(layer, ks.QuantizeAware))
+    assert set(wrapper.to_integers()) == {"one/kernel", "two/kernel"}
+    assert_same(ks.finalize(q), q, images(model))
+    with pytest.raises(ValueError, match="'block' is wrapped as a whole"):
+        ks.quantize_aware(model, {"block/one": "int8", "block/two": "int4"})
+    with pytest.raises(ValueError, match="'block' is wrapped as a whole"):
+        ks.quantize_aware(model, layers="block/one")
+
+
+def test_outputs_keep_their_names():
+    inputs = keras.Input((6,))
+    outputs = [layers.Dense(2, name="a")(inputs), layers.Dense(3, activation="softmax", name="b")(inputs)]
+    model = keras.Model(inputs, outputs)
+    q = ks.quantize_aware(model)
+    assert q.output_names == ["a", "b"]
+    q.compile("sgd", {"a": "mse", "b": "categorical_crossentropy"})
+    q.fit(images(model), {"a": np.zeros((4, 2)), "b": np.eye(4, 3)}, verbose=0)
+    assert_same(ks.finalize(q), q, images(model))
+    assert ks.finalize(q, activations="drop").output_names == ["a", "b"]
+
+
+def test_finalize_in_mid_schedule_is_refused():
+    q = ks.quantize_aware(networks.small_convnet())
+    schedule = ks.QuantizationSchedule(delay=10, freeze=20)
+    schedule.attach(q, None, total_steps=100)
+    with pytest.raises(ValueError, match="still mixed with float"):
+        ks.finalize(q)
+
+
+def test_a_wrapper_inside_of_another_layer():
+    inputs = keras.Input((3, 6))
+    model = keras.Model(inputs, layers.TimeDistributed(ks.QuantizeAware(layers.Dense(4)))(inputs))
+    with pytest.raises(ValueError, match=r"Wrap the outer layer instead"):
+        ks.finalize(model)

@@ -240,3 +240,79 @@ def test_bad_input(arguments, message, tmp_path):
 def test_no_model(tmp_path):
     with pytest.raises(TypeError, match="must be a `keras"):
         ks.export(layers.Dense(3), tmp_path / "model.tflite")
+
+
+def test_the_comparison_is_with_the_model_that_was_given(tmp_path):
+    """An outlier in the data makes the grid of the inputs so coarse that answers change: that has to show."""
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, layers.Dense(2)(inputs))
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+    x[20] = 1000  # in the first batch, not among the samples that are compared
+    result = ks.export(model, tmp_path / "model.tflite", precision="int8", calibration_data=x)
+    expected = keras.ops.convert_to_numpy(model(x[:16]))
+    assert result.max_abs_error == pytest.approx(np.abs(run(result.path, x[:16]) - expected).max(), rel=1e-4)
+    assert result.max_abs_error > 0.1
+
+
+def test_an_embedding_has_the_integers_that_were_trained(tmp_path):
+    inputs = keras.Input((6,), dtype="int32")
+    model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(layers.Embedding(20, 4, name="table")(inputs))))
+    for weights in ("int8", "int4"):
+        q = ks.quantize_aware(model, weights)
+        x = np.random.default_rng(0).integers(20, size=(16, 6)).astype("int32")
+        calibrate(q, x)
+        result = ks.export(q, tmp_path / "model.tflite", calibration_data=x)
+        expected = q.get_layer("quantized_table").to_integers()["embeddings"][0]
+        assert any(np.array_equal(stored, expected) for stored in integers_in(result.path))
+
+
+def test_one_dimensional_convolutions_of_few_bits(tmp_path):
+    inputs = keras.Input((12, 3))
+    model = keras.Model(inputs, layers.Conv1D(4, 3, padding="causal", dilation_rate=2, activation="relu")(inputs))
+    q = ks.quantize_aware(model, "int4")
+    x = np.random.default_rng(0).normal(size=(16, 12, 3)).astype("float32")
+    calibrate(q, x)
+    result = ks.export(q, tmp_path / "model.tflite", calibration_data=x)
+    assert result.other_integers == []
+    assert result.max_abs_error < 0.1
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "weights"),
+    [
+        (lambda: layers.LSTM(4), (5, 3), "int8"),
+        (lambda: layers.Conv2DTranspose(4, 3), (6, 6, 3), "int4"),
+        (lambda: layers.Dense(4), (6,), ks.quantizers.Affine(16)),
+        (lambda: layers.Dense(4), (6,), ks.quantizers.FixedPoint(8, integer_bits=-4)),
+    ],
+)
+def test_other_integers_than_were_trained_are_an_error(layer, shape, weights, tmp_path):
+    inputs = keras.Input(shape)
+    q = ks.quantize_aware(keras.Model(inputs, layer()(inputs)), weights)
+    x = np.random.default_rng(0).normal(size=(16, *shape)).astype("float32")
+    calibrate(q, x)
+    with pytest.raises(ValueError, match="weights in float or on another grid"):
+        ks.export(q, tmp_path / "model.tflite", calibration_data=x)
+    assert ks.export(q, tmp_path / "model.tflite", calibration_data=x, allow_float=True).other_integers
+
+
+def test_a_layer_derived_from_dense_is_called_as_it_is(tmp_path):
+    class Scaled(layers.Dense):
+        def call(self, x):
+            return 3 * super().call(x)
+
+    inputs = keras.Input((6,))
+    q = ks.quantize_aware(keras.Model(inputs, Scaled(4)(inputs)))
+    x = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+    calibrate(q, x)
+    result = ks.export(q, tmp_path / "model.tflite", calibration_data=x, allow_float=True)
+    assert result.max_abs_error < 0.1
+
+
+def test_what_is_left_out_may_compute_in_float(tmp_path):
+    q = ks.quantize_aware(networks.residual_convnet(), layers="outer|hidden|logits")
+    x = np.random.default_rng(0).uniform(size=(16, 8, 8, 1)).astype("float32")
+    calibrate(q, x)
+    result = ks.export(q, tmp_path / "model.tflite", calibration_data=x)
+    assert any(name.startswith("CONV_2D") for name in result.float_ops)
+    assert result.other_integers == []

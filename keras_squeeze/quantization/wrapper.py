@@ -86,10 +86,12 @@ class QuantizeAware(layers.Wrapper):
 
     def build(self, *args, **kwargs):
         if not self.layer.built:
-            self.layer.build(*args, **kwargs)
+            if getattr(self.layer.build, "_is_default", False) and self.layer._layers:
+                shape = next(iter((*args, *kwargs.values())))
+                compute_output_spec(self.layer.call, keras.KerasTensor(shape))  # its parts are built by a call
+            else:
+                self.layer.build(*args, **kwargs)
             self.layer.built = True
-            if args and not all(part.built for part in self.layer._flatten_layers()):
-                compute_output_spec(self.layer.call, keras.KerasTensor(args[0]))  # made of parts that a call builds
         if self.output_quantizer is not None:
             self.output_quantizer.build((None,))
         if self.weight_quantizer is None:
