@@ -10,6 +10,7 @@ from keras_squeeze.pruning.neuron import NeuronPruning, prune_neurons
 from keras_squeeze.pruning.shrinking import shrink
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.conversion import finalize, quantize_aware
+from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.scheduling import QuantizationSchedule
 from keras_squeeze.quantization.wrapper import QuantizeAware
 from keras_squeeze.report import CompressionReport, summarize
@@ -22,6 +23,7 @@ __all__ = [
     "AfterTarget",
     "CompressionReport",
     "ExportResult",
+    "FakeQuantize",
     "KeepSparsity",
     "Latency",
     "MagnitudePruning",

@@ -358,6 +358,10 @@ class TestBadInput:
             ks.quantize_aware(model, {"nothing": "int8"})
         with pytest.raises(ValueError, match="selects none"):
             ks.quantize_aware(model, layers="nothing")
+        with pytest.raises(ValueError, match=r"weights=\{\}"):
+            ks.quantize_aware(model, {})
+        with pytest.raises(ValueError, match="after a ReLU"):
+            ks.quantize_aware(model, "int8", "binary")
         with pytest.raises(ValueError, match="weights=None"):
             ks.quantize_aware(model, None)
         with pytest.raises(ValueError, match="for weights"):

@@ -159,8 +159,46 @@ def test_after_training_needs_data(tmp_path):
 
 
 def test_ranges_that_are_not_known(tmp_path):
-    with pytest.raises(ValueError, match=r"seen no data.*Train the model, or calibrate"):
+    with pytest.raises(ValueError, match=r"seen no data.*calibration_data"):
         ks.export(ks.quantize_aware(networks.residual_convnet()), tmp_path / "model.tflite")
+
+
+def test_a_model_that_has_seen_no_data_is_calibrated(tmp_path):
+    q = ks.quantize_aware(networks.residual_convnet())
+    x = np.random.default_rng(0).uniform(size=(32, 8, 8, 1)).astype("float32")
+    assert ks.export(q, tmp_path / "model.tflite", calibration_data=x).float_ops == []
+
+
+def test_activations_that_no_kernel_takes(tmp_path):
+    q, x = trained("int8", "int4")
+    with pytest.raises(ValueError, match=r"activations of 8 bits.*quantized_relu \(4 bits\)"):
+        ks.export(q, tmp_path / "model.tflite", calibration_data=x)
+
+
+def test_layers_wrapped_by_hand(tmp_path):
+    q = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            ks.FakeQuantize("int8"),
+            ks.QuantizeAware(layers.Conv2D(4, 3, activation="relu"), "int4"),
+            layers.Flatten(),
+            ks.QuantizeAware(layers.Dense(3)),
+        ]
+    )
+    x = np.random.default_rng(0).uniform(size=(32, 8, 8, 1)).astype("float32")
+    calibrate(q, x)
+    assert ks.export(q, tmp_path / "model.tflite", calibration_data=x).float_ops == []
+
+
+def test_data_for_several_inputs(tmp_path):
+    one, two = keras.Input((4,), name="one"), keras.Input((6,), name="two")
+    model = keras.Model({"one": one, "two": two}, layers.Concatenate()([layers.Dense(3)(one), layers.Dense(3)(two)]))
+    rng = np.random.default_rng(0)
+    data = {"one": rng.normal(size=(32, 4)).astype("float32"), "two": rng.normal(size=(32, 6)).astype("float32")}
+    assert ks.export(model, tmp_path / "a.tflite", precision="int8", calibration_data=data).max_abs_error < 0.1
+    listed = keras.Model([one, two], model.outputs)
+    data = list(data.values())
+    assert ks.export(listed, tmp_path / "b.tflite", precision="int8", calibration_data=data).max_abs_error < 0.1
 
 
 def test_a_schedule_that_has_not_ended(tmp_path):

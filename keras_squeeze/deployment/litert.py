@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_squeeze.criteria import batches
-from keras_squeeze.quantization.conversion import calibrate, finalize, quantize_aware
+from keras_squeeze.quantization.conversion import calibrate, finalize, inputs_only, quantize_aware
 from keras_squeeze.quantization.fake_quantize import FakeQuantize, converting
 from keras_squeeze.quantization.wrapper import QuantizeAware
 from keras_squeeze.selection import require_tensorflow
@@ -71,7 +71,9 @@ def export(
             `"float32"`: weights and activations in float; weights of a model with quantizers are on their grids.
             `"int8"`: of a model with quantizers the very integers that it was trained with; of another one, quantized
             after training with the ranges that it has on `calibration_data`.
-        calibration_data: Inputs: an array, `(x, y)`, or a `tf.data.Dataset` of batches. The comparison uses the first
+        calibration_data: Inputs: an array (for several inputs a list or a dict of arrays), `(x, y)`, or a
+            `tf.data.Dataset` of batches. A model with quantizers that has seen no data is calibrated with it. The
+            comparison uses the first
             of them; without, random numbers within the range of the inputs.
         allow_float: Whether quantized layers may compute in float, or with other integers than they were trained with,
             where the converter has no integer kernel for them.
@@ -106,7 +108,11 @@ def export(
         shipped = quantize_aware(model)
         calibrate(shipped, calibration_data)
     wrappers = [layer for layer in shipped._flatten_layers() if isinstance(layer, QuantizeAware)]
+    if calibration_data is not None and not any(layer.is_known for layer in _ranges(shipped)):
+        calibrate(shipped, calibration_data)
     _check_ready(shipped)
+    if precision == "int8":
+        _check_activations(shipped)
     content = convert(shipped, integers=precision == "int8")
     difference, agreement = _compare(content, model, _samples(model, calibration_data))
     float_ops, other = [], []
@@ -118,7 +124,9 @@ def export(
         raise ValueError(
             f"Model '{model.name}': the converter has no integer kernel for quantized layers. In float: "
             f"{', '.join(kernels) or 'none'}; weights in float or on another grid: {', '.join(other) or 'none'}. "
-            "Nothing was written. Leave these layers out (quantize_aware(layers=...)), or pass allow_float=True."
+            "Nothing was written. An integer kernel needs a rounded input and output: quantize activations as well, "
+            'and begin a model that was wrapped by hand with keras_squeeze.FakeQuantize("int8"). Or leave these layers '
+            "out (quantize_aware(layers=...)), or pass allow_float=True."
         )
     _write(path, content)
     return ExportResult(path, len(content), precision, difference, agreement, float_ops, other)
@@ -186,6 +194,21 @@ def _quiet():
         logger.setLevel(level)
 
 
+def _ranges(model) -> list[FakeQuantize]:
+    """The quantizers of activations that keep a range."""
+    found = [layer for layer in model._flatten_layers() if isinstance(layer, FakeQuantize)]
+    return [layer for layer in found if layer.channels is None and layer.built and layer.range_state is not None]
+
+
+def _check_activations(model) -> None:
+    others = [f"{layer.name} ({layer.quantizer.bits} bits)" for layer in _ranges(model) if layer.quantizer.bits != 8]
+    if others:
+        raise ValueError(
+            f"LiteRT's integer kernels take activations of 8 bits. Received: {', '.join(others[:5])}. Train with "
+            'activations="int8", or export with precision="float32".'
+        )
+
+
 def _check_ready(model) -> None:
     """Says what is missing before anything is traced, where an error would be buried."""
     for layer in model._flatten_layers():
@@ -193,13 +216,13 @@ def _check_ready(model) -> None:
             layer.follow_variables()
             if layer.mixing:
                 raise ValueError(
-                    f"'{layer.name}' is still mixed with float: train to the end of the QuantizationSchedule, then "
+                    f"'{layer.name}' is still mixed with float: fit it to the end of a QuantizationSchedule, then "
                     "export."
                 )
             if not layer.is_known:
                 raise ValueError(
                     f"'{layer.name}' has seen no data, so that its range is not known. Train the model, or "
-                    "calibrate it: keras_squeeze.quantization.conversion.calibrate(model, data)."
+                    "pass calibration_data=inputs."
                 )
 
 
@@ -237,6 +260,8 @@ def _check(model, path: pathlib.Path, precision) -> None:
         raise ValueError(f"`path` must end in .tflite. Received: {str(path)!r}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"There is no directory {path.absolute().parent} for `path`. Make it first.")
+    if path.is_dir():
+        raise ValueError(f"`path` must be a file. Received a directory: {str(path)!r}")
     if precision is not None and precision not in PRECISIONS:
         known = ", ".join(map(repr, PRECISIONS))
         raise ValueError(f"`precision` must be None or one of {known}. Received: precision={precision!r}")
@@ -249,7 +274,7 @@ def _has_quantizers(model) -> bool:
 def _samples(model, data) -> list[np.ndarray]:
     """A few examples for each input of the model."""
     if data is not None:
-        x = next(iter(batches(data, 1)))[0]
+        x = next(iter(batches(inputs_only(model, data), 1)))[0]
         return [keras.ops.convert_to_numpy(part)[:_SAMPLES] for part in keras.tree.flatten(x)]
     rng = np.random.default_rng(0)
     return [_random(model, tensor, rng) for tensor in model.inputs]

@@ -77,7 +77,10 @@ def quantize_aware(model: keras.Model, weights="int8", activations="default", *,
     )
     wrapped = [layer.name for layer in model._flatten_layers() if isinstance(layer, (QuantizeAware, FakeQuantize))]
     if wrapped:
-        raise ValueError(f"Model '{model.name}' is quantization-aware already: {', '.join(wrapped[:5])}.")
+        raise ValueError(
+            f"Model '{model.name}' is quantization-aware already: {', '.join(wrapped[:5])}. Begin with the model it "
+            'was made from, or with keras_squeeze.finalize(model, activations="drop").'
+        )
     selection = select_layers(model, layers)
     check_finite(selection.weights)
     chosen = _choose(weights, selection.layers)
@@ -92,6 +95,11 @@ def quantize_aware(model: keras.Model, weights="int8", activations="default", *,
     if activations is not None:
         activations.for_activations()  # refuses what is for weights only
     placement = placing.place(model, [layer for layer, _ in units.values()], binary)
+    if isinstance(activations, Binary) and not all(placement.quantized.values()):
+        raise ValueError(
+            "Binary activations after a ReLU would all be the same. Take the activations out of the model and put "
+            'batch normalization in their place, or use weights="xnor", which binarizes the inputs of layers instead.'
+        )
     _check_zeros(selection, chosen, units)
     wrapper = _Wrapper(model, units, activations, placement)
     result = wrapper.rebuild(model)
@@ -140,8 +148,8 @@ def finalize(model: keras.Model, *, activations: str = "keep") -> keras.Model:
             layer.follow_variables()
             if layer.mixing:
                 raise ValueError(
-                    f"'{layer.name}' is still mixed with float: train to the end of the QuantizationSchedule, then "
-                    "finalize."
+                    f"'{layer.name}' is still mixed with float: fit it to the end of a "
+                    "QuantizationSchedule, then finalize."
                 )
     finalizer = _Finalizer(model, keep=activations == "keep")
     result = finalizer.rebuild(model)
@@ -174,7 +182,8 @@ def calibrate(model: keras.Model, data, *, num_batches: int | None = None) -> No
 
     Args:
         model: What `quantize_aware` returned.
-        data: Inputs: an array, `(x, y)`, or a `tf.data.Dataset` of batches.
+        data: Inputs: an array (for several inputs a list or a dict of arrays), `(x, y)`, or a `tf.data.Dataset` of
+            batches.
         num_batches: How many batches to look at; None: all.
 
     Raises:
@@ -189,7 +198,7 @@ def calibrate(model: keras.Model, data, *, num_batches: int | None = None) -> No
         if layer.observing:
             layer.reset()
     try:
-        for x, _, _ in batches(data, num_batches):
+        for x, _, _ in batches(inputs_only(model, data), num_batches):
             model(x, training=False)
         unknown = [layer.name for layer in layers if layer.observing and not layer.is_known]
         if unknown:
@@ -205,6 +214,12 @@ def calibrate(model: keras.Model, data, *, num_batches: int | None = None) -> No
             layer.observing = False
 
 
+def inputs_only(model, data):
+    """Data as `batches` takes it, where a user passed the inputs of a model alone: a dict, or a list for several."""
+    several = isinstance(data, list) and len(data) == len(model.inputs) > 1
+    return (data,) if isinstance(data, dict) or several else data
+
+
 Units = dict[int, tuple[keras.Layer, Quantizer]]
 """The layers that get a wrapper, and how their weights are quantized, by identity."""
 
@@ -216,6 +231,8 @@ def _choose(weights, found) -> list[tuple[CompressibleLayer, Quantizer]]:
         if quantizer is None:
             raise ValueError("`weights` must be a quantizer or its name. Received: weights=None")
         return [(entry, quantizer) for entry in found]
+    if not weights:
+        raise ValueError("`weights` must name a quantizer for some layers. Received: weights={}")
     patterns = list(zip(compile_patterns(weights), map(quantizers.get, weights.values()), strict=True))
     matches = [(entry, next((q for pattern, q in patterns if pattern.search(entry.path)), None)) for entry in found]
     unused = [p.pattern for p, _ in patterns if not any(p.search(entry.path) for entry in found)]

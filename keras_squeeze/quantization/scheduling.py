@@ -74,6 +74,11 @@ class QuantizationSchedule(CompressionCallback):
             raise ValueError(
                 f"Model '{model.name}' has no quantizers. Make one that has: keras_squeeze.quantize_aware(model)."
             )
+        if not all(quantizer.built for quantizer in quantizers):
+            raise ValueError(
+                f"Model '{model.name}' is not built, so its quantizers have nothing to schedule yet. Call it on a "
+                "batch of data before `fit`, or begin it with `keras.Input(shape)`."
+            )
         delay, ramp = (to_steps(time, total_steps) for time in (self.delay, self.ramp))
         never = isinstance(self.freeze, float) and self.freeze == 1.0
         freeze = None if never else to_steps(self.freeze, total_steps)
@@ -138,6 +143,13 @@ class QuantizationSchedule(CompressionCallback):
         return {**parts, "num_bits": bits} if bits else parts
 
     def finish(self, step, verbose):
+        unseen = [quantizer.name for quantizer in self._quantizers if not quantizer.is_known]
+        if unseen:
+            warnings.warn(
+                f"{len(unseen)} quantizers of activations have seen no training step, so that their ranges are not "
+                "known. A model with a `call` of its own must take `training` and pass it to its layers.",
+                stacklevel=2,
+            )
         if not self.reached:
             warnings.warn(
                 f"Training ended at step {step}, before the quantization schedule: the model is quantized to "
@@ -188,8 +200,8 @@ class QuantizationSchedule(CompressionCallback):
                     found.append((quantize, bits))
         if not found:
             raise ValueError(
-                f"Model '{model.name}' has no weights whose bits could anneal: binary and ternary grids have a fixed "
-                "number. "
+                f"Model '{model.name}' has no weights whose bits could anneal: no layer matches, or grids are binary "
+                "or ternary. "
                 f"Received: num_bits={self.num_bits}"
             )
         return found
