@@ -108,7 +108,8 @@ def export(
         shipped = quantize_aware(model)
         calibrate(shipped, calibration_data)
     wrappers = [layer for layer in shipped._flatten_layers() if isinstance(layer, QuantizeAware)]
-    if calibration_data is not None and not any(layer.is_known for layer in _ranges(shipped)):
+    ranges = _ranges(shipped)
+    if calibration_data is not None and ranges and not any(layer.is_known for layer in ranges):
         calibrate(shipped, calibration_data)
     _check_ready(shipped)
     if precision == "int8":

@@ -2,7 +2,7 @@
 
 Every function here is made of `keras.ops`, works on tensors and arrays alike and computes in the type that it is given;
 callers give float32. A forward value that has no useful derivative is written `value + (f - stop_gradient(f))`: exactly
-`value`, with the gradient of `f`.
+`value`, with the gradient of `f`; or, where f is the tensor itself, `straight_through(value, x)`, which costs nothing.
 """
 
 from keras import ops
@@ -17,11 +17,25 @@ _SEARCHED_SHARES = [step / 40 for step in range(40, 7, -1)]  # of the range, for
 
 # The value that a scale was made from must not fall off the end of the grid by float rounding, and lose its gradient.
 _SLACK = 1 + 2.5e-7
+_SMALLEST_SCALE = 1e-37
+
+
+def straight_through(value, x):
+    """`value`, with a gradient of 1 for `x` (Bengio et al. 2013) and none for `value`."""
+    return ops.custom_gradient(lambda x, value: (value, lambda upstream: (upstream, None)))(x, value)
 
 
 def round_through(x):
-    """Rounds to the nearest integer, ties to even; the gradient is 1 (straight-through, Bengio et al. 2013)."""
-    return ops.stop_gradient(ops.round(x)) + (x - ops.stop_gradient(x))
+    """Rounds to the nearest integer, ties to even; the gradient is 1."""
+    return straight_through(ops.round(x), x)
+
+
+def in_steps(x, scale):
+    """How many steps of a grid `x` is away from zero, not rounded.
+
+    The product with the reciprocal is faster than a quotient; all that rounds to a grid must use the same.
+    """
+    return x * (1 / scale)
 
 
 def integer_range(num_bits: int, *, signed: bool = True, narrow_range: bool = False) -> tuple[int, int]:
@@ -43,7 +57,7 @@ def fake_quantize(x, scale, zero_point, low: int, high: int):
         zero_point: Integer-valued tensor or number that broadcasts with `x`; zero is then exactly on the grid.
         low, high: The ends of the grid.
     """
-    levels = ops.clip(x / scale, (low - zero_point) * _SLACK, (high - zero_point) * _SLACK)
+    levels = ops.clip(in_steps(x, scale), (low - zero_point) * _SLACK, (high - zero_point) * _SLACK)
     return round_through(levels) * scale
 
 
@@ -55,7 +69,7 @@ def fake_quantize_whole_range(x, high: int, channels: tuple[int, ...] = ()):
     """
     still = ops.stop_gradient(x)
     scale = _nonzero(ops.max(ops.abs(still), axis=reduced_axes(x, channels), keepdims=bool(channels)) / high)
-    return ops.round(still / scale) * scale + (x - still)
+    return straight_through(ops.round(in_steps(still, scale)) * scale, x)
 
 
 def reduced_axes(x, channels: tuple[int, ...]) -> tuple[int, ...]:
@@ -196,12 +210,15 @@ def ternary_parts(x, channels: tuple[int, ...] = ()):
 def ternary(x, channels: tuple[int, ...] = ()):
     """-alpha, 0 or +alpha; the gradient is 1."""
     signs, alpha = ternary_parts(x, channels)
-    return signs * alpha + (x - ops.stop_gradient(x))
+    return straight_through(signs * alpha, x)
 
 
 def _nonzero(scale):
-    """A range of nothing but zeros gets a scale of one, on whose grid they are exact as well."""
-    return ops.where(scale == 0, ops.ones_like(scale), scale)
+    """A range of nothing but zeros gets a scale of one, on whose grid they are exact as well.
+
+    So does one whose steps are so small (below 1e-37) that their reciprocal is not a number.
+    """
+    return ops.where(scale < _SMALLEST_SCALE, ops.ones_like(scale), scale)
 
 
 def _size(x) -> int:

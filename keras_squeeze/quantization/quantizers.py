@@ -153,7 +153,7 @@ class UniformQuantizer(Quantizer):
     def integers(self, x, state=None, channels=(-1,)):
         scale, zero_point, low, high = self.grid(self._state(x, state, channels))
         return (
-            keras.ops.clip(keras.ops.round(x / scale), low - zero_point, high - zero_point) + zero_point,
+            keras.ops.clip(keras.ops.round(ops.in_steps(x, scale)), low - zero_point, high - zero_point) + zero_point,
             scale,
             zero_point,
         )
