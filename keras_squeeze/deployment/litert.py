@@ -2,9 +2,7 @@
 
 import contextlib
 import logging
-import os
 import pathlib
-import tempfile
 import warnings
 from dataclasses import dataclass, field
 
@@ -12,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_squeeze.criteria import batches
+from keras_squeeze.deployment.writing import write_file
 from keras_squeeze.quantization.conversion import calibrate, finalize, inputs_only, quantize_aware
 from keras_squeeze.quantization.fake_quantize import FakeQuantize, converting
 from keras_squeeze.quantization.wrapper import QuantizeAware
@@ -129,7 +128,7 @@ def export(
             'and begin a model that was wrapped by hand with keras_squeeze.FakeQuantize("int8"). Or leave these layers '
             "out (quantize_aware(layers=...)), or pass allow_float=True."
         )
-    _write(path, content)
+    write_file(path, content)
     return ExportResult(path, len(content), precision, difference, agreement, float_ops, other)
 
 
@@ -388,18 +387,3 @@ def _float_ops(content: bytes) -> list[str]:
         if operation["op_name"] not in _EDGES and any(np.issubdtype(x["dtype"], np.floating) for x in outputs):
             left.append(f"{operation['op_name']} {outputs[0]['name']}")
     return left
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    """Writes all or nothing."""
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        pathlib.Path(name).unlink(missing_ok=True)
-        raise
