@@ -3,6 +3,7 @@
 from keras_squeeze import criteria, schedules
 from keras_squeeze.deployment.latency import Latency, measure_latency
 from keras_squeeze.deployment.litert import ExportResult, export
+from keras_squeeze.deployment.packing import load_packed, save_packed
 from keras_squeeze.pruning.channel_rules import register_channel_rule
 from keras_squeeze.pruning.keep_sparsity import KeepSparsity
 from keras_squeeze.pruning.magnitude import MagnitudePruning, prune_weights
@@ -33,6 +34,7 @@ __all__ = [
     "criteria",
     "export",
     "finalize",
+    "load_packed",
     "measure_latency",
     "prune_neurons",
     "prune_weights",
@@ -40,6 +42,7 @@ __all__ = [
     "quantizers",
     "register_channel_rule",
     "register_layer",
+    "save_packed",
     "schedules",
     "shrink",
     "summarize",

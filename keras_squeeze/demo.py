@@ -16,6 +16,7 @@ import numpy as np
 from keras_squeeze import plots
 from keras_squeeze.deployment.latency import measure_latency
 from keras_squeeze.deployment.litert import export, predict_file
+from keras_squeeze.deployment.packing import save_packed
 from keras_squeeze.pruning.magnitude import MagnitudePruning
 from keras_squeeze.pruning.neuron import NeuronPruning
 from keras_squeeze.pruning.shrinking import shrink
@@ -34,12 +35,13 @@ BINARY_EPOCHS = 25
 _HEADINGS = {
     "parameters": "parameters",
     "zeros": "zeros",
-    "dense_bytes": "bytes, dense",
-    "compressed_bytes": "bytes, compressed",
+    "dense_bytes": "bytes, weights in float32",
+    "packed_bytes": "bytes, packed file",
     "gzip_bytes": "bytes, .keras file gzipped",
     "tflite_bytes": "bytes, .tflite file",
     "macs": "MACs",
     "effective_macs": "MACs, zeros left out",
+    "energy_nj": "nJ for one image, an estimate",
 }
 
 
@@ -124,11 +126,21 @@ def remove_neurons(demo: Demo) -> str:
 
 def quantize(demo: Demo) -> str:
     """The same network, trained on as if it computed with integers of 8 bits."""
-    model = quantize_aware(demo.models["dense"])
+    demo.models["int8"] = _trained_in_int8(demo, demo.models["dense"])
+    return "trained with weights and activations of 8 bits: a quarter of the bytes, integer arithmetic"
+
+
+def quantize_small(demo: Demo) -> str:
+    """The network that has lost its neurons, with integers of 8 bits."""
+    demo.models["shrunk+int8"] = _trained_in_int8(demo, demo.models["shrunk"])
+    return "trained the network without those neurons with 8 bits"
+
+
+def _trained_in_int8(demo: Demo, plain: keras.Model) -> keras.Model:
+    model = quantize_aware(plain)
     _compile(model)
     demo.fit(model, QUANTIZED_EPOCHS, QuantizationSchedule())
-    demo.models["int8"] = model
-    return "trained with weights and activations of 8 bits: a quarter of the bytes, integer arithmetic"
+    return model
 
 
 def binarize(demo: Demo) -> str:
@@ -162,6 +174,7 @@ STAGES: list[tuple[str, Callable[[Demo], str]]] = [
     ("Prune it gradually while it trains on", prune),
     ("Remove half of its neurons instead", remove_neurons),
     ("Quantize it to 8 bits instead", quantize),
+    ("Quantize what was shrunk", quantize_small),
     ("Quantize it to one bit instead", binarize),
 ]
 
@@ -235,10 +248,11 @@ def _row(demo: Demo, name: str, model: keras.Model) -> dict:
         "parameters": total.parameters,
         "zeros": total.zeros,
         "dense_bytes": total.dense_bytes,
-        "compressed_bytes": total.compressed_bytes,
+        "packed_bytes": save_packed(model, demo.directory / f"{name}.squeeze"),
         "gzip_bytes": len(gzip.compress(path.read_bytes())),
         "macs": total.macs,
         "effective_macs": total.effective_macs,
+        "energy_nj": round((total.energy_pj or 0) / 1000),
         "tflite_bytes": shipped.num_bytes,
         "latency": measure_latency(shipped.path, runs=300).median_ms,
     }

@@ -11,12 +11,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_squeeze.encodings import encode
+from keras_squeeze.energy import dram_pj, mac_pj
 from keras_squeeze.grids import Grid, find_grid
 from keras_squeeze.selection import Variable, _row, _underlying, find_layers, mac_formula, read
 from keras_squeeze.tracing import MacCount, count_macs
 
-_CHUNK = 1 << 22
 _GRIDS: dict[type, Callable[[Any], dict[int, Grid]]] = {}
+_ACTIVATION_BITS: dict[type, Callable[[Any], int | None]] = {}
 _LISTED = 5
 _WIDTH = 120
 _COLUMNS = ("layer", "kind", "parameters", "sparsity", "bits", "size", "compressed", "MACs", "effective")
@@ -36,16 +38,17 @@ class LayerReport:
         bits: Bits that each of those takes (where there are none, that each parameter takes); of a quantized weight
             those of an integer on its grid.
         dense_bytes: Bytes of all its weights as they are.
-        compressed_bytes: Bytes of all its weights, each stored in the smallest of three plain forms: as it is, as a
-            bit mask and the nonzero values, or as the nonzero values each with a byte that counts the zeros before
-            it; values on a grid as their integers, packed, with the scales. This is storage without entropy coding: a
-            zipped file can be smaller still.
+        compressed_bytes: What `save_packed` writes for all its weights: each in the smallest of several forms,
+            quantized ones as integers of their bits, sparse ones without their zeros, entropy-coded.
         macs: Multiply-accumulates of one inference, all calls of the layer together; None where unknown.
         effective_macs: Those whose weight is not zero. What is saved only where the hardware skips zeros.
         levels: The most distinct values that a quantized weight has for one scale; None where nothing is quantized.
         sqnr_db: Signal-to-quantization-noise ratio in decibels, `10 log10(sum w**2 / sum (w - q)**2)`, of weights that
             are trained on a grid: the lower, the more the layer suffers. None where nothing is lost or the real weights
             are gone.
+        energy_pj: Picojoules of one inference, an estimate (see `keras_squeeze.energy`): the multiply-accumulates whose
+            weight is not zero, at the bits of weights and activations, and reading every weight that is not zero once
+            from DRAM. Activations in memory are left out. None where the MACs are unknown.
     """
 
     path: str
@@ -60,6 +63,7 @@ class LayerReport:
     effective_macs: int | None
     levels: int | None = None
     sqnr_db: float | None = None
+    energy_pj: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -163,7 +167,17 @@ class CompressionReport:
         worst = sorted((x.sqnr_db, x.path) for x in self.layers if x.sqnr_db is not None)[:_LISTED]
         noisy = [f"{path} {ratio:.1f} dB" for ratio, path in worst]
         noise = [f"signal-to-quantization-noise ratio, lowest first: {', '.join(noisy)}"] if noisy else []
-        return [*self.notes, *noise, *pruned, *_listing("skipped", self.skipped), *_listing("frozen", self.frozen)]
+        energy = []
+        if self.total.energy_pj:
+            energy = [f"energy of one inference, an estimate: {_human_energy(self.total.energy_pj)}"]
+        return [
+            *self.notes,
+            *energy,
+            *noise,
+            *pruned,
+            *_listing("skipped", self.skipped),
+            *_listing("frozen", self.frozen),
+        ]
 
 
 def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
@@ -199,7 +213,7 @@ def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
     found = find_layers(model)
     members = list(_members(model))
     count = count_macs(model, [(path, layer) for path, layer, _ in members], input_shape)
-    grids = _grids(model)
+    grids, activation_bits = _grids(model), _activation_bits(model)
     kernels_found = {id(weight) for _, layer, _ in members for _, weight in _kernels(layer)}
     stored = {
         id(weight): _Stored.measured(weight, grids.get(id(weight)), id(weight) in kernels_found)
@@ -213,7 +227,7 @@ def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
         counted.update(new)
         kernels = {name: stored[id(weight)] for name, weight in _kernels(layer) if id(weight) in stored}
         macs = None if count.by_layer is None else count.by_layer.get(id(layer), {})
-        layers.append(_layer_report(path, type(layer).__name__, weights, new, kernels, macs))
+        layers.append(_layer_report(path, type(layer).__name__, weights, new, kernels, macs, activation_bits))
     return CompressionReport(model.name, layers, _total(layers), list(found.skipped), notes=_notes(found, count))
 
 
@@ -259,6 +273,7 @@ class _Stored:
     levels: int | None = None
     signal: float = 0.0  # sums of squares
     noise: float = 0.0
+    input_bits: int | None = None
 
     @classmethod
     def measured(cls, variable, grid: Grid | None = None, is_kernel: bool = False) -> "_Stored":
@@ -266,52 +281,52 @@ class _Stored:
         real = read(variable)
         if grid is None and is_kernel and np.issubdtype(real.dtype, np.floating):
             grid = find_grid(real)
-        values = (real if grid is None else grid.values).reshape(-1)
-        nonzeros = int(np.count_nonzero(values))
-        smallest = _compressed_bytes(values, nonzeros)
+        values = real if grid is None else grid.values
+        size, nonzeros, smallest = values.size, int(np.count_nonzero(values)), encode(values).num_bytes
         if grid is None:
-            return cls(values.size, nonzeros, 8 * values.itemsize, real.nbytes, smallest)
-        mask = -(-values.size // 8) - (-nonzeros * grid.bits // 8) + 4 * grid.scales
-        error = real.reshape(-1).astype("float64") - values
+            return cls(size, nonzeros, 8 * values.itemsize, real.nbytes, smallest)
         return cls(
-            values.size,
+            size,
             nonzeros,
             grid.bits,
             real.nbytes,
-            min(smallest, mask, grid.num_bytes),
+            smallest,
             grid.levels,
             float(np.sum(np.square(real, dtype="float64"))),
-            float(np.sum(np.square(error))),
+            float(np.sum(np.square(real.astype("float64") - values))),
+            grid.input_bits,
         )
 
     @property
     def density(self) -> float:
         return self.nonzeros / self.size if self.size else 1.0
 
-
-def _compressed_bytes(values: np.ndarray, nonzeros: int) -> int:
-    """The smallest of dense, bit mask with nonzero values, and nonzero values with gaps of one byte."""
-    smallest = min(values.nbytes, -(-values.size // 8) + nonzeros * values.itemsize)
-    if nonzeros * (values.itemsize + 1) < smallest:
-        smallest = min(smallest, _gap_entries(values) * (values.itemsize + 1))
-    return smallest
-
-
-def _gap_entries(values: np.ndarray) -> int:
-    """An entry is a gap of up to 255 zeros and the value after it; longer gaps take entries whose value is zero."""
-    entries, last = 0, -1
-    for start in range(0, values.size, _CHUNK):
-        places = np.flatnonzero(values[start : start + _CHUNK]) + start
-        if places.size:
-            gaps = np.diff(places, prepend=last) - 1
-            entries += places.size + int(np.sum(gaps // 256))
-            last = int(places[-1])
-    return entries
+    def mac_pj(self, activation_bits: int | None) -> float:
+        """Energy of a product with one of these weights."""
+        if self.levels is None:
+            return mac_pj(None, None, self.bits)
+        return mac_pj(self.bits, self.input_bits or activation_bits)
 
 
 def register_grids(layer_class: type, grids: Callable[[Any], dict[int, Grid]]) -> None:
     """Tells the report what weights a wrapper quantizes: a function from the wrapper to their grids, by identity."""
     _GRIDS[layer_class] = grids
+
+
+def register_activation_bits(layer_class: type, bits: Callable[[Any], int | None]) -> None:
+    """Tells the report that a kind of layer quantizes activations: a function from the layer to their bits."""
+    _ACTIVATION_BITS[layer_class] = bits
+
+
+def _activation_bits(model) -> int | None:
+    """The most bits that quantized activations of a model take; None where they are floats."""
+    found = [
+        bits(layer)
+        for layer in model._flatten_layers()
+        for layer_class, bits in _ACTIVATION_BITS.items()
+        if isinstance(layer, layer_class)
+    ]
+    return max((bits for bits in found if bits), default=None)
 
 
 def _grids(model) -> dict[int, Grid]:
@@ -323,7 +338,9 @@ def _grids(model) -> dict[int, Grid]:
     return found
 
 
-def _layer_report(path, kind, weights: list[_Stored], new: list[_Stored], kernels, macs) -> LayerReport:
+def _layer_report(
+    path, kind, weights: list[_Stored], new: list[_Stored], kernels, macs, activation_bits
+) -> LayerReport:
     """`new`: the weights that no layer before it has; `kernels`: the compressible weights by name."""
     countable = [weight for weight in kernels.values() if weight in new]
     return LayerReport(
@@ -341,12 +358,24 @@ def _layer_report(path, kind, weights: list[_Stored], new: list[_Stored], kernel
         else round(sum(n * (kernels[name].density if name in kernels else 1) for name, n in macs.items())),
         levels=max((kernel.levels for kernel in kernels.values() if kernel.levels is not None), default=None),
         sqnr_db=_decibels(kernels.values()),
+        energy_pj=None if macs is None else _energy(new, kernels, macs, activation_bits),
+    )
+
+
+def _energy(new: list[_Stored], kernels: dict[str, _Stored], macs: dict[str, float], activation_bits) -> float:
+    read_once = dram_pj(sum(weight.nonzeros * weight.bits / 8 for weight in new))
+    without_weight = mac_pj(activation_bits, activation_bits)
+    return read_once + sum(
+        number * (kernels[name].density * kernels[name].mac_pj(activation_bits) if name in kernels else without_weight)
+        for name, number in macs.items()
     )
 
 
 def _total(layers: list[LayerReport]) -> LayerReport:
     sums: dict[str, Any] = {}
-    for name in ("parameters", "compressible", "zeros", "dense_bytes", "compressed_bytes", "macs", "effective_macs"):
+    for name in ("parameters", "compressible", "zeros", "dense_bytes", "compressed_bytes"):
+        sums[name] = sum(getattr(layer, name) for layer in layers)
+    for name in ("macs", "effective_macs", "energy_pj"):
         values = [getattr(layer, name) for layer in layers]
         sums[name] = None if None in values else sum(values)
     bits = _mean((x.bits, x.compressible if sums["compressible"] else x.parameters) for x in layers)
@@ -414,3 +443,11 @@ def _human_bytes(number: float) -> str:
         if number < 999.95 or unit == "GB":
             break
     return f"{number:,.1f} {unit}"
+
+
+def _human_energy(picojoules: float) -> str:
+    for unit in ("pJ", "nJ", "uJ", "mJ"):
+        if picojoules < 999.5 or unit == "mJ":
+            break
+        picojoules /= 1000
+    return f"{picojoules:,.3g} {unit}"

@@ -14,8 +14,10 @@ NAME = PACKAGE.name
 # Data flows down this list. A module imports only what stands above it; what is in a folder stands together.
 ORDER = [
     "macs",
+    "energy",
     "graphs",
     "grids",
+    "encodings",
     "selection",
     "schedules",
     "criteria",

@@ -9,6 +9,7 @@ from keras.src.backend import compute_output_spec, in_stateless_scope
 
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.quantizers import Binary, Quantizer, UniformQuantizer
+from keras_squeeze.report import register_activation_bits
 from keras_squeeze.selection import register_bookkeeping
 
 _conversion = threading.local()
@@ -226,6 +227,7 @@ class FakeQuantize(keras.layers.Layer):
 
 
 register_bookkeeping(FakeQuantize)
+register_activation_bits(FakeQuantize, lambda layer: layer.quantizer.bits if layer.channels is None else None)
 
 
 def _fused(x, low, high, grid: quantizers.Grid, num_bits: int):

@@ -266,8 +266,9 @@ def _grids(wrapper: QuantizeAware) -> dict[int, Grid]:
     """What the report shows of the weights: the values that the layer computes with, and the bits that they take."""
     values = wrapper.quantized_values()
     scales = [part[1].size for part in wrapper.to_integers().values()]
+    input_bits = 1 if wrapper.binary_inputs else None
     return {
-        id(variable): Grid(quantize.quantizer.bits, array, scale)
+        id(variable): Grid(quantize.quantizer.bits, array, scale, input_bits)
         for (variable, array), quantize, scale in zip(values, wrapper.weight_quantizers, scales, strict=True)
     }
 
