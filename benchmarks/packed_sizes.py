@@ -121,7 +121,7 @@ def main() -> None:
     console = Console()
     warn_if_busy(console)
     rows, bars = [], []
-    with progress_bar(console) as progress, own_process() as process:
+    with progress_bar(console) as progress, own_process() as process, own_process() as trainer:
         task = progress.add_task("networks", total=len(CASES) + args.seeds)
         for case in CASES:
             whole, size, share = process.submit(pack_wide, case, args.width).result()
@@ -130,10 +130,10 @@ def main() -> None:
             )
             bars.append(Bar(f"{case.name}: bytes over float32's", case.limit, Mean.of([size / whole]), digits=4))
             advance(progress, task)
-        process.submit(_one_thread).result()
+        trainer.submit(_one_thread).result()
         found = []
         for seed in range(args.seeds):
-            found.append(process.submit(pack_lenet, args.plan, seed).result())
+            found.append(trainer.submit(pack_lenet, args.plan, seed).result())
             advance(progress, task)
     dense, compressed, wholes, sizes = (np.array(column) for column in zip(*found, strict=True))
     lost = Mean.of(dense - compressed)
