@@ -16,10 +16,10 @@ SIZE = 28
 _CANVAS = 48
 
 
-def characters(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` pictures (count, 28, 28, 1), float32 in [0, 1], and their classes, 0 to 35."""
+def characters(count: int, seed: int, classes: int = len(CLASSES)) -> tuple[np.ndarray, np.ndarray]:
+    """`count` pictures (count, 28, 28, 1), float32 in [0, 1], and their classes; of the first `classes`, 10: digits."""
     rng = np.random.default_rng(seed)
-    labels = rng.integers(len(CLASSES), size=count)
+    labels = rng.integers(classes, size=count)
     images = np.stack([_render(CLASSES[label], rng) for label in labels])
     return images[..., np.newaxis], labels.astype("int32")
 
