@@ -1,7 +1,7 @@
 """Make Keras models really smaller and really faster, from inside `model.fit`."""
 
 from keras_squeeze import criteria, schedules
-from keras_squeeze.deployment.latency import Latency, measure_latency
+from keras_squeeze.deployment.latency import Latency, measure_latencies, measure_latency
 from keras_squeeze.deployment.litert import ExportResult, export
 from keras_squeeze.pruning.channel_rules import register_channel_rule
 from keras_squeeze.pruning.keep_sparsity import KeepSparsity
@@ -33,6 +33,7 @@ __all__ = [
     "criteria",
     "export",
     "finalize",
+    "measure_latencies",
     "measure_latency",
     "prune_neurons",
     "prune_weights",
