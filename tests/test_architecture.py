@@ -14,6 +14,7 @@ NAME = PACKAGE.name
 # Data flows down this list. A module imports only what stands above it; what is in a folder stands together.
 ORDER = [
     "progress",
+    "plots",
     "macs",
     "graphs",
     "grids",
@@ -27,7 +28,6 @@ ORDER = [
     "quantization",
     "deployment",
     "recipe",
-    "plots",
     "search",
     "tfmot_compat",
     "demo",
