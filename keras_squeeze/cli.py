@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: What stands after `keras-squeeze`; by default that of this process.
 
     Returns:
-        The exit code: 0, or 1 after an error in what was asked.
+        The exit code: 0, 1 after an error in what was asked, or 130 where it was interrupted.
 
     Raises:
         SystemExit: help was asked for (0), or usage is wrong (2).
@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"keras-squeeze: error: {_one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130  # as a shell says of what was interrupted
     if options.json:
         print(json.dumps(_finite(facts), indent=2))
     elif text is not None:

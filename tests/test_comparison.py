@@ -168,13 +168,13 @@ def test_without_data_no_metric(trained, tmp_path):
     assert found.plot(tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_dataset_and_arrays_give_the_same(trained, digits):
+def test_a_dataset_arrays_and_lists_give_the_same(trained, digits):
     x, y = digits[0][:100], digits[1][:100]
     path = {"one": trained["folder"] / "float.tflite"}
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(33)
-    one, other = (ks.compare(path, data, runs=1) for data in ((x, y), dataset))
-    assert one["one"].score == other["one"].score
-    assert one.examples == other.examples == 100
+    found = [ks.compare(path, data, runs=1) for data in ((x, y), dataset, [x.tolist(), y.tolist()])]
+    assert {comparison["one"].score for comparison in found} == {found[0]["one"].score}
+    assert {comparison.examples for comparison in found} == {100}
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["dict", "list"])

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_squeeze.deployment.latency import Latency, check_counts, measure_latencies
 from keras_squeeze.deployment.litert import export
@@ -229,13 +230,14 @@ def compare(
     ```
     """
     _check(models, data)
+    data = _with_arrays(data)
     check_counts(num_threads=num_threads, runs=runs)
     judge = find_judge(metric)
     with tempfile.TemporaryDirectory() as folder:
         entries = []
-        with progress_bar("reading", total=len(models)) as advance:
+        with progress_bar("preparing", total=len(models)) as advance:
             for index, (name, model) in enumerate(models.items()):
-                advance(0, title=f"exporting {name}")
+                advance(0, title=f"preparing {name}")
                 with _named(name):
                     entries.append(_entry(name, model, pathlib.Path(folder, f"{index}.tflite"), safe_mode))
                 advance()
@@ -290,6 +292,16 @@ def _check(models, data) -> None:
         )
 
 
+def _with_arrays(data):
+    """Lists of numbers as arrays; lists of arrays, for several inputs, stay."""
+    if not isinstance(data, (tuple, list)):
+        return data
+    return tuple(
+        np.asarray(part) if isinstance(part, list) and not any(hasattr(x, "shape") for x in part) else part
+        for part in data
+    )
+
+
 def _entry(name: str, item, tflite: pathlib.Path, safe_mode: bool) -> _Entry:
     """Reads or exports one row."""
     facts: dict[str, Any] = dict.fromkeys(("precision", "parameters", "macs", "energy_pj"))
@@ -319,7 +331,8 @@ def _scores(entries: list[_Entry], data, judge: Judge) -> tuple[str | None, int,
     names: list[str] = []
     scores: list[float | None] = []
     counts: list[int] = []
-    with progress_bar("predicting", total=None) as advance:
+    total = len(entries) * len(keras.tree.flatten(data)[0]) if isinstance(data, (tuple, list)) else None
+    with progress_bar("predicting", total=total) as advance:
         for entry in entries:
             advance(0, title=f"predicting with {entry.name}")
             with _named(entry.name):
