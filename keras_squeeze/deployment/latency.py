@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from keras_squeeze.deployment.litert import convert
+from keras_squeeze.deployment.converting import convert
 
 _WARM_UP_RUNS = 5
 
