@@ -6,7 +6,7 @@ import pytest
 
 import keras_squeeze as ks
 from keras_squeeze.deployment import latency
-from keras_squeeze.deployment.litert import convert
+from keras_squeeze.deployment.converting import convert
 
 layers = keras.layers
 

@@ -252,10 +252,9 @@ def compare(
 
 @dataclass(frozen=True)
 class _Entry:
-    """What is known of a row before anything is run: the file that is run, its inputs, and the columns."""
+    """What is known of a row before anything is run: the file that is run, and the columns."""
 
     tflite: pathlib.Path
-    input_names: list[str]
     facts: dict[str, Any]
 
     @property
@@ -306,7 +305,7 @@ def _entry(name: str, item, tflite: pathlib.Path, safe_mode: bool) -> _Entry:
     """Reads or exports one row."""
     facts: dict[str, Any] = dict.fromkeys(("precision", "parameters", "macs", "energy_pj"))
     facts |= {"name": name, "kind": "model"}
-    ships, input_names = tflite, []
+    ships = tflite
     if not isinstance(item, keras.Model):
         ships = pathlib.Path(item)
         facts["kind"] = ships.suffix if ships.suffix in (".tflite", ".keras") else "packed"
@@ -317,17 +316,15 @@ def _entry(name: str, item, tflite: pathlib.Path, safe_mode: bool) -> _Entry:
         facts["precision"] = export(model, tflite).precision
         total = summarize(model).total
         facts |= {"parameters": total.parameters, "macs": total.macs, "energy_pj": getattr(total, "energy_pj", None)}
-        input_names = [tensor.name for tensor in model.inputs]
     content = ships.read_bytes()
     facts |= {"num_bytes": len(content), "gzip_bytes": len(gzip.compress(content))}
-    return _Entry(tflite, input_names, facts)
+    return _Entry(tflite, facts)
 
 
 def _scores(entries: list[_Entry], data, judge: Judge) -> tuple[str | None, int, list[float | None]]:
     """The name of the metric, the number of examples, and the metric of each."""
     if data is None:
         return None, 0, [None] * len(entries)
-    known = next((entry.input_names for entry in entries if entry.input_names), [])
     names: list[str] = []
     scores: list[float | None] = []
     counts: list[int] = []
@@ -336,7 +333,7 @@ def _scores(entries: list[_Entry], data, judge: Judge) -> tuple[str | None, int,
         for entry in entries:
             advance(0, title=f"predicting with {entry.name}")
             with _named(entry.name):
-                y_true, outputs = predictions(entry.tflite, data, entry.input_names or known, advance)
+                y_true, outputs = predictions(entry.tflite, data, advance)
                 name, score = judge(y_true, outputs[0] if len(outputs) == 1 else outputs)
             names.append(name)
             scores.append(score)

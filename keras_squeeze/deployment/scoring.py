@@ -1,14 +1,14 @@
 """How good the answers of a `.tflite` file are: what it predicts on a user's data, and the metric of that."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_squeeze.criteria import batches
-from keras_squeeze.deployment.litert import predict_file
+from keras_squeeze.deployment.inspecting import predict_file
 
 _BATCH = 128
 _ACCURACY = "accuracy"
@@ -44,15 +44,12 @@ def find_judge(metric=None) -> Judge:
     return functools.partial(_by_function, metric)
 
 
-def predictions(
-    path, data, input_names: Sequence[str], on_examples: Callable[[int], None] = lambda number: None
-) -> tuple[Any, list[np.ndarray]]:
+def predictions(path, data, on_examples: Callable[[int], None] = lambda number: None) -> tuple[Any, list[np.ndarray]]:
     """What LiteRT computes for all the data.
 
     Args:
         path: A `.tflite` file.
         data: `(x, y)` or batches of it.
-        input_names: The names of the inputs in `x`, where it is a list.
         on_examples: Called with the number of examples that were done.
 
     Returns:
@@ -61,16 +58,16 @@ def predictions(
     Raises:
         ValueError: the data has no targets, or does not fit the file.
     """
-    _check_ends(path)
+    names = _input_names(path)
     targets, outputs = [], []
     for x, y, weights in batches(data, None, _BATCH):
         if y is None or weights is not None:
             given = "inputs alone" if y is None else "sample weights as well"
             raise ValueError(f"`data` must be inputs and targets: (x, y), or batches of that. Received: {given}")
-        arrays, names = _inputs(x, input_names)
+        arrays = _inputs(x, names)
         try:
-            outputs.append(predict_file(path, arrays, names))
-        except (ValueError, RuntimeError, IndexError) as error:
+            outputs.append(predict_file(path, arrays))
+        except (ValueError, RuntimeError) as error:
             shapes = ", ".join(str(array.shape) for array in arrays)
             raise ValueError(f"The inputs do not fit: {error}. Received: a batch of shape {shapes}") from None
         targets.append(keras.tree.map_structure(keras.ops.convert_to_numpy, y))
@@ -79,30 +76,21 @@ def predictions(
     return y_true, [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
 
 
-def _inputs(x, input_names: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
-    """A batch as a list of arrays, and the names of these inputs where they are known."""
-    names = list(input_names)
-    if isinstance(x, dict) and (not names or set(x) == set(names)):
-        names = list(x)
-        parts = list(x.values())
-    else:
-        parts = keras.tree.flatten(x)  # a dict by its keys, as Keras flattens the inputs of a model
-    if names and len(parts) != len(names):
-        raise ValueError(f"Expected {len(names)} inputs: {', '.join(names)}. Received: {len(parts)}")
-    return [keras.ops.convert_to_numpy(part) for part in parts], names
-
-
-def _check_ends(path) -> None:
-    """Files of other tools may take and give integers with a scale, which nobody has computed here."""
+def _input_names(path) -> list[str]:
+    """What a file calls its inputs, without what TensorFlow puts around a name."""
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(path))
-    for detail in (*interpreter.get_input_details(), *interpreter.get_output_details()):
-        if len(detail["quantization_parameters"]["scales"]):
-            raise ValueError(
-                f"'{detail['name']}' is quantized ({np.dtype(detail['dtype']).name}): only files that take and give "
-                "floats can be judged. Convert it with float inputs and outputs, or leave out `data`."
-            )
+    details = Interpreter(str(path)).get_input_details()
+    return [detail["name"].removeprefix("serving_default_").removesuffix(":0") for detail in details]
+
+
+def _inputs(x, names: list[str]) -> list[np.ndarray]:
+    """A batch as an array for each input: a dict by the names of the inputs or, where it has others, by its keys."""
+    by_name = isinstance(x, dict) and set(x) == set(names)
+    parts = [x[name] for name in names] if by_name else keras.tree.flatten(x)  # as Keras flattens a model's inputs
+    if len(parts) != len(names):
+        raise ValueError(f"Expected {len(names)} inputs: {', '.join(names)}. Received: {len(parts)}")
+    return [keras.ops.convert_to_numpy(part) for part in parts]
 
 
 def _by_kind_of_target(y_true, y_pred) -> tuple[str, float]:
