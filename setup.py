@@ -23,6 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["keras_squeeze", "keras_squeeze.*"]),
+    py_modules=["keras_squeeze_launcher"],
     package_data={"keras_squeeze": ["py.typed"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
@@ -38,7 +39,7 @@ setup(
         "scikit-learn>=1.4",  # its handwritten digits are the data of `keras-squeeze demo`
     ],
     extras_require={"test": TEST, "dev": [*TEST, "ruff>=0.8", "mypy>=1.13"]},
-    entry_points={"console_scripts": ["keras-squeeze=keras_squeeze.cli:main"]},
+    entry_points={"console_scripts": ["keras-squeeze=keras_squeeze_launcher:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

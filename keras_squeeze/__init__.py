@@ -1,7 +1,8 @@
 """Make Keras models really smaller and really faster, from inside `model.fit`."""
 
 from keras_squeeze import criteria, schedules
-from keras_squeeze.deployment.latency import Latency, measure_latency
+from keras_squeeze.deployment.comparison import Comparison, compare
+from keras_squeeze.deployment.latency import Latency, measure_latencies, measure_latency
 from keras_squeeze.deployment.litert import ExportResult, export
 from keras_squeeze.deployment.packing import load_packed, save_packed
 from keras_squeeze.pruning.channel_rules import register_channel_rule
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AfterTarget",
+    "Comparison",
     "CompressionReport",
     "ExportResult",
     "FakeQuantize",
@@ -31,10 +33,12 @@ __all__ = [
     "NeuronPruning",
     "QuantizationSchedule",
     "QuantizeAware",
+    "compare",
     "criteria",
     "export",
     "finalize",
     "load_packed",
+    "measure_latencies",
     "measure_latency",
     "prune_neurons",
     "prune_weights",

@@ -14,8 +14,9 @@ import keras
 import numpy as np
 
 from keras_squeeze import plots
+from keras_squeeze.deployment.inspecting import predict_file
 from keras_squeeze.deployment.latency import measure_latency
-from keras_squeeze.deployment.litert import export, predict_file
+from keras_squeeze.deployment.litert import export
 from keras_squeeze.deployment.packing import save_packed
 from keras_squeeze.pruning.magnitude import MagnitudePruning
 from keras_squeeze.pruning.neuron import NeuronPruning

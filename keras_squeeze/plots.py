@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 
 def plot_pruning(
@@ -81,5 +82,57 @@ def plot_widths(widths: Mapping[str, tuple[int, int]], path: str | pathlib.Path)
     axes.set(xlabel="channels", title="Neurons removed")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
+    return pathlib.Path(path)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One quantity of everything that is compared.
+
+    Attributes:
+        title: What it is.
+        values: One for each; None where unknown.
+        labels: What is written beside each bar.
+        spread: `(low, high)` of each, drawn as a whisker.
+    """
+
+    title: str
+    values: Sequence[float | None]
+    labels: Sequence[str]
+    spread: Sequence[tuple[float, float]] | None = None
+
+
+def plot_bars(names: Sequence[str], panels: Sequence[Bars], path: str | pathlib.Path) -> pathlib.Path:
+    """Draws a panel for each quantity, side by side, and in it a bar for each of what is compared.
+
+    Args:
+        names: What is compared; the first one is drawn in grey, as what the others are compared with.
+        panels: The quantities.
+        path: Where the picture goes; its suffix (`.png`, `.svg`, `.pdf`) chooses the format.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.figure import Figure
+
+    places = range(len(names))
+    figure = Figure(figsize=(1 + 2.9 * len(panels), 1 + 0.42 * len(names)), layout="constrained")
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True):
+        values = [value or 0 for value in panel.values]
+        axes.barh(places, values, height=0.7, color=["lightgrey", *["tab:blue"] * (len(names) - 1)])
+        ends = list(values)
+        if panel.spread:
+            ends = [max(value, high) for value, (_, high) in zip(values, panel.spread, strict=True)]
+            axes.hlines(places, *zip(*panel.spread, strict=True), color="black", linewidth=1)
+        for place, (end, label) in enumerate(zip(ends, panel.labels, strict=True)):
+            axes.annotate(f" {label}", (max(end, 0), place), va="center", fontsize=9)
+        axes.set_title(panel.title, fontsize=10)
+        axes.set_xlim(min(0, *values), 1.75 * max(*ends, 0) or 1)
+        axes.set_xticks([])
+        axes.tick_params(left=False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.set_yticks(places, labels=list(names))
+    axes.invert_yaxis()
     figure.savefig(path, dpi=150)
     return pathlib.Path(path)

@@ -121,14 +121,7 @@ class CompressionReport:
         return pd.DataFrame([layer.to_dict() for layer in self.layers], columns=list(self.total.to_dict()))
 
     def __str__(self) -> str:
-        from rich.box import Box
-        from rich.console import Console
-
-        rules = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)  # as SIMPLE_HEAD, for any encoding
-        text = io.StringIO()
-        console = Console(file=text, width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
-        console.print(self._table(_COLUMNS, rules), *self._remarks(), sep="\n", markup=False, highlight=False)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return _as_text(lambda box: self._table(_COLUMNS, box), self._remarks())
 
     def __rich_console__(self, console, options):
         from rich.box import SIMPLE_HEAD
@@ -178,6 +171,18 @@ class CompressionReport:
             *_listing("skipped", self.skipped),
             *_listing("frozen", self.frozen),
         ]
+
+
+def _as_text(table: Callable[[Any], Any], remarks: list[str]) -> str:
+    """A table, made by a function from a `rich.box.Box`, and lines below it: without colours, for any encoding."""
+    from rich.box import Box
+    from rich.console import Console
+
+    rules = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)  # as SIMPLE_HEAD
+    text = io.StringIO()
+    console = Console(file=text, width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
+    console.print(table(rules), *remarks, sep="\n", markup=False, highlight=False)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:

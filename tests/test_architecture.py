@@ -13,6 +13,8 @@ NAME = PACKAGE.name
 
 # Data flows down this list. A module imports only what stands above it; what is in a folder stands together.
 ORDER = [
+    "progress",
+    "plots",
     "macs",
     "energy",
     "graphs",
@@ -28,7 +30,6 @@ ORDER = [
     "quantization",
     "deployment",
     "recipe",
-    "plots",
     "search",
     "tfmot_compat",
     "demo",

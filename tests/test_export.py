@@ -4,8 +4,8 @@ import keras
 import networks
 import numpy as np
 import pytest
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from keras import layers
+from tflite_files import integers_in, operations, run
 
 import keras_squeeze as ks
 from keras_squeeze.quantization.conversion import calibrate
@@ -21,46 +21,6 @@ def trained(weights="int8", activations="int8", make=networks.residual_convnet):
     q.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     q.fit(x, data.target[:256], verbose=0)
     return q, x
-
-
-def interpreter(path, **options):
-    interpreter = Interpreter(str(path), **options)
-    interpreter.allocate_tensors()
-    return interpreter
-
-
-def run(path, batch):
-    """The file's only output for a batch, one example after the other."""
-    file = interpreter(path)
-    rows = []
-    for example in batch:
-        file.set_tensor(file.get_input_details()[0]["index"], example[np.newaxis])
-        file.invoke()
-        rows.append(file.get_tensor(file.get_output_details()[0]["index"])[0])
-    return np.stack(rows)
-
-
-def operations(path):
-    """`(operation, types of what it reads, types of what it gives)`, without a delegate that would hide them."""
-    file = interpreter(path, experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
-    types = {detail["index"]: np.dtype(detail["dtype"]).name for detail in file.get_tensor_details()}
-    return [
-        (op["op_name"], [types[i] for i in op["inputs"] if i in types], [types[i] for i in op["outputs"]])
-        for op in file._get_ops_details()
-    ]
-
-
-def integers_in(path) -> list[np.ndarray]:
-    """The int8 constants of a file with more than one dimension."""
-    file = interpreter(path, experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
-    found = []
-    for detail in file.get_tensor_details():
-        if detail["dtype"] == np.int8 and len(detail["shape"]) > 1:
-            try:
-                found.append(file.get_tensor(detail["index"]))
-            except ValueError:
-                continue  # computed, not stored
-    return found
 
 
 def as_stored(layer, integers):
@@ -266,7 +226,7 @@ def test_two_inputs_and_two_outputs(tmp_path):
     [
         ({"path": "model.onnx"}, r"must end in .tflite.*model.onnx"),
         ({"path": "nowhere/model.tflite"}, "no directory"),
-        ({"precision": "int7"}, r"'float32', 'int8'.*int7"),
+        ({"precision": "int7"}, r"'float32', 'float16', 'int8', 'int4'.*int7"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path):

@@ -1,26 +1,36 @@
 """`export`: a model as a `.tflite` file that was loaded, run and compared with the model before it counts."""
 
-import contextlib
-import logging
 import pathlib
-import warnings
 from dataclasses import dataclass, field
 
 import keras
 import numpy as np
 
-from keras_squeeze.criteria import batches
+from keras_squeeze.deployment.comparing import (
+    agreement,
+    disagree,
+    largest_difference,
+    outputs_of,
+    sample_inputs,
+)
+from keras_squeeze.deployment.converting import convert_traced, trace, without_zero_gammas, zero_gammas
+from keras_squeeze.deployment.editing import fit_four_bits
+from keras_squeeze.deployment.inspecting import compare_integers, float_ops, predict_file
 from keras_squeeze.deployment.writing import write_file
-from keras_squeeze.quantization.conversion import calibrate, finalize, inputs_only, quantize_aware
-from keras_squeeze.quantization.fake_quantize import FakeQuantize, converting
+from keras_squeeze.quantization.conversion import calibrate, finalize, quantize_aware
+from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.wrapper import QuantizeAware
-from keras_squeeze.selection import require_tensorflow
+from keras_squeeze.selection import find_layers, read, require_tensorflow
 
-PRECISIONS = ("float32", "int8")
+PRECISIONS = ("float32", "float16", "int8", "int4")
 
-_SAMPLES = 16
 _KERNELS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "CONV_3D")
-_EDGES = ("QUANTIZE", "DEQUANTIZE")
+
+# How far a file in float may be from the model, as a part of the largest output: rounding adds up over many layers, and
+# a wrong file is off by as much as the outputs are large.
+_TOLERANCES = {"float32": 1e-2, "float16": 1e-1}
+
+_MANY_ZEROS = 0.3  # the converter encodes no weight with a smaller part
 
 
 @dataclass(frozen=True)
@@ -30,14 +40,17 @@ class ExportResult:
     Attributes:
         path: The file.
         num_bytes: Its size.
-        precision: `"float32"` or `"int8"`.
+        precision: `"float32"`, `"float16"`, `"int8"` or `"int4"`.
         max_abs_error: The largest difference between the file's outputs and the model's, over the sample inputs.
         agreement: Fraction of the sample inputs with the same answer: the same output is the largest; of a single
             output between 0 and 1 the side of one half; of another single output within a hundredth of what it varies
             by.
-        float_ops: Operations that compute in float although the file is int8, but for the conversion at its ends.
+        float_ops: Operations that compute in float although the file is to compute in integers, but for the conversion
+            at its ends.
         other_integers: Quantized weights that the file does not have as they were trained: in float, or on another
             grid.
+        sparse: Whether weights are stored without their zeros.
+        notes: What was decided on the way, and why, in sentences.
     """
 
     path: pathlib.Path
@@ -47,10 +60,13 @@ class ExportResult:
     agreement: float
     float_ops: list[str] = field(default_factory=list)
     other_integers: list[str] = field(default_factory=list)
+    sparse: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         left = f"; in float: {', '.join(self.float_ops)}" if self.float_ops else ""
         left += f"; not as trained: {', '.join(self.other_integers)}" if self.other_integers else ""
+        left += "".join(f"\n  {note}" for note in self.notes)
         return (
             f"{self.path}: {self.num_bytes:,} bytes, {self.precision}, largest difference to the model "
             f"{self.max_abs_error:.3g}, same answer for {self.agreement:.1%} of the sample inputs{left}"
@@ -58,9 +74,19 @@ class ExportResult:
 
 
 def export(
-    model: keras.Model, path, *, precision: str | None = None, calibration_data=None, allow_float: bool = False
+    model: keras.Model,
+    path,
+    *,
+    precision: str | None = None,
+    calibration_data=None,
+    allow_float: bool = False,
+    sparse: bool | None = None,
+    integer_io: bool = False,
+    batch_size: int | None = 1,
 ) -> ExportResult:
     """Writes a model as a `.tflite` file for LiteRT, loads it, runs it, and compares it with the model.
+
+    The file has a signature with the names of the model's inputs and outputs: `interpreter.get_signature_runner()`.
 
     Args:
         model: A built Functional or Sequential model, with or without quantizers.
@@ -68,21 +94,36 @@ def export(
             to run.
         precision: None: as trained, which is `"int8"` for a model with quantizers and `"float32"` for another.
             `"float32"`: weights and activations in float; weights of a model with quantizers are on their grids.
+            `"float16"`: the same with weights stored in float16, at half the bytes; it computes in float32.
             `"int8"`: of a model with quantizers the very integers that it was trained with; of another one, quantized
             after training with the ranges that it has on `calibration_data`.
+            `"int4"`: weights that were trained on a grid of at most 4 bits (`"int4"`, `LearnedStep(4)`, `"ternary"`,
+            ...) are stored in 4 bits, as the very integers. Where the activations have 8 bits, it computes in integers
+            like `"int8"`; dense layers and (depthwise) convolutions only, since LiteRT reads weights of 4 bits in no
+            other integer kernel: other weights keep 8 bits, and `notes` names them. Where the activations have no
+            quantizers, or such as no kernel takes, the weights are turned back into floats when the file is loaded, and
+            it computes in float32. A model without quantizers is quantized after training, with `calibration_data` its
+            activations as well.
         calibration_data: Inputs: an array (for several inputs a list or a dict of arrays), `(x, y)`, or a
             `tf.data.Dataset` of batches. A model with quantizers that has seen no data is calibrated with it. The
             comparison uses the first
             of them; without, random numbers within the range of the inputs.
         allow_float: Whether quantized layers may compute in float, or with other integers than they were trained with,
             where the converter has no integer kernel for them.
+        sparse: Whether weights are stored without their zeros. None: in float32 and float16, where that makes the file
+            smaller and LiteRT runs it. True: attempted in int8 as well. `notes` tells which file was kept, and why.
+            LiteRT fills the zeros in again when it loads the file; other runtimes may not.
+        integer_io: Whether integers of 8 bits go in and come out, with the scales that
+            `interpreter.get_input_details()` and `get_output_details()` tell, where the file computes in integers.
+        batch_size: Examples at a time. None: any number, by `interpreter.resize_tensor_input`.
 
     Returns:
         An `ExportResult`; print it.
 
     Raises:
         TypeError, ValueError: no such model, precision or file name; int8 without ranges; a quantized layer that was
-            left in float. An earlier file at `path` is then as it was.
+            left in float; a file that LiteRT cannot run, or that computes something else. An earlier file at `path` is
+            then as it was.
 
     Example:
 
@@ -92,121 +133,206 @@ def export(
     """
     require_tensorflow()
     path = pathlib.Path(path)
-    _check(model, path, precision)
-    quantized = _has_quantizers(model)
+    _check(model, path, precision, batch_size)
+    plan = _plan(model, precision, calibration_data)
+    if integer_io and not plan.integers:
+        raise ValueError(
+            f"A file that computes in float has no integers at its ends. Received: integer_io=True for "
+            f"{plan.precision} of model '{model.name}'. Pass precision=\"int8\" or integer_io=False."
+        )
+    function = trace(plan.traced, integers=plan.integers, batch_size=batch_size)
+    samples = sample_inputs(model, calibration_data)
+    options = {"precision": _converter_precision(plan), **_edits(plan), "integer_io": integer_io}
+    content = convert_traced(model, function, **options)
+    actual = _run(content, model, samples)
+    expected = outputs_of(model, samples)
+    _check_outputs(plan, actual, expected if plan.traced is model else outputs_of(plan.traced, samples))
+    whole = content
+    if sparse or (sparse is None and plan.precision in ("float32", "float16") and _has_zeros(plan)):
+        content, actual, note = _without_zeros(model, plan, function, options, content, actual, samples)
+        plan.notes.append(note)
+    left: list[str] = []
+    other: list[str] = []
+    if plan.wrapped is not None:
+        left, other = _check_integers(model, plan, content, allow_float)
+    write_file(path, content)
+    return ExportResult(
+        path,
+        len(content),
+        plan.precision,
+        largest_difference(expected, actual),
+        agreement(expected, actual),
+        left,
+        other,
+        content is not whole,
+        plan.notes,
+    )
+
+
+@dataclass
+class _Plan:
+    """What is to be done.
+
+    Attributes:
+        precision: One of `PRECISIONS`.
+        traced: The model that goes through the converter.
+        wrapped: The model whose integers the file must have; None where there are none.
+        integers: Whether the file computes in integers.
+        notes: See `ExportResult`.
+    """
+
+    precision: str
+    traced: keras.Model
+    wrapped: keras.Model | None = None
+    integers: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def wrappers(self) -> list[QuantizeAware]:
+        return [] if self.wrapped is None else _wrappers(self.wrapped)
+
+
+def _plan(model, precision: str | None, data) -> _Plan:
+    quantized = any(isinstance(layer, (QuantizeAware, FakeQuantize)) for layer in model._flatten_layers())
     precision = precision or ("int8" if quantized else "float32")
-    shipped = model
-    if precision == "float32" and quantized:
-        shipped = finalize(model, activations="drop")
-    if precision == "int8" and not quantized:
-        if calibration_data is None:
-            raise ValueError(
-                f"Model '{model.name}' has no quantizers, so int8 needs to know the ranges of its activations. Pass "
-                "calibration_data=inputs, or train what keras_squeeze.quantize_aware(model) returns."
-            )
-        shipped = quantize_aware(model)
-        calibrate(shipped, calibration_data)
-    wrappers = [layer for layer in shipped._flatten_layers() if isinstance(layer, QuantizeAware)]
-    ranges = _ranges(shipped)
-    if calibration_data is not None and ranges and not any(layer.is_known for layer in ranges):
-        calibrate(shipped, calibration_data)
-    _check_ready(shipped)
-    if precision == "int8":
-        _check_activations(shipped)
-    content = convert(shipped, integers=precision == "int8")
-    difference, agreement = _compare(content, model, _samples(model, calibration_data))
-    float_ops, other = [], []
-    if precision == "int8":
-        float_ops, other = _float_ops(content), _other_integers(content, wrappers)
-    names = [f"{wrapper.name}/" for wrapper in wrappers]
-    kernels = [op for op in float_ops if op.split(" ")[0] in _KERNELS and any(name in op for name in names)]
+    in_float = precision in ("float32", "float16")
+    if in_float and not quantized:
+        return _Plan(precision, model)
+    wrapped = model if quantized else _quantized_after_training(model, precision, data)
+    activations = _activation_quantizers(wrapped)
+    measured = [layer for layer in activations if layer.range_state is not None]
+    if data is not None and measured and not any(layer.is_known for layer in measured):
+        calibrate(wrapped, data)
+    _check_ready(wrapped)
+    signs = any(wrapper.binary_inputs for wrapper in _wrappers(wrapped))
+    if in_float:
+        return _Plan(precision, finalize(wrapped, activations="keep" if signs else "drop"))
+    if precision == "int4":
+        _check_four_bits(wrapped)
+    bits = {layer.quantizer.bits for layer in activations}
+    if precision == "int8" and bits - {8}:
+        others = [f"{layer.name} ({layer.quantizer.bits} bits)" for layer in activations if layer.quantizer.bits != 8]
+        raise ValueError(
+            f"LiteRT's integer kernels take activations of 8 bits. Received: {', '.join(others[:5])}. Train with "
+            'activations="int8", or export with precision="float32".'
+        )
+    if signs or bits == {8}:
+        return _Plan(precision, wrapped, wrapped, integers=True)
+    why = f"LiteRT has no kernel for activations of {min(bits)} bits" if bits else "the activations have no quantizers"
+    note = f"Weights are stored as integers and turned into floats to compute with: {why}."
+    return _Plan(precision, finalize(wrapped, activations="drop"), wrapped, notes=[note])
+
+
+def _quantized_after_training(model, precision: str, data) -> keras.Model:
+    if data is None and precision == "int8":
+        raise ValueError(
+            f"Model '{model.name}' has no quantizers, so int8 needs to know the ranges of its activations. Pass "
+            "calibration_data=inputs, or train what keras_squeeze.quantize_aware(model) returns."
+        )
+    return quantize_aware(model, precision, "int8" if data is not None else None)
+
+
+def _check_four_bits(wrapped) -> None:
+    if not any(fit_four_bits(integers) for wrapper in _wrappers(wrapped) for integers, _ in _weights(wrapper)):
+        raise ValueError(
+            f"Model '{wrapped.name}' has no weights of at most 4 bits. Train it with "
+            'keras_squeeze.quantize_aware(model, "int4"), or quantize it after training: '
+            'export(keras_squeeze.finalize(q, activations="drop"), path, precision="int4").'
+        )
+
+
+def _converter_precision(plan: _Plan) -> str:
+    return plan.precision if plan.wrapped is None else "int8" if plan.integers else "float32"
+
+
+def _edits(plan: _Plan) -> dict:
+    """What is to be changed in the file that the converter writes; see `editing.edit`."""
+    weights = [] if plan.integers else [weight for wrapper in plan.wrappers for weight in _weights(wrapper)]
+    return {"four_bits": plan.precision == "int4", "weights": weights}
+
+
+def _weights(wrapper: QuantizeAware) -> list[tuple[np.ndarray, tuple[int, ...]]]:
+    """The integers of every weight, and the axes of its outputs."""
+    found = zip(wrapper.quantized_weights, wrapper.to_integers().values(), strict=True)
+    return [(integers - zero_point, weight.channel_axes) for weight, (integers, _, zero_point) in found]
+
+
+def _without_zeros(model, plan: _Plan, function, options, content, outputs, samples):
+    """The smaller of a file and the same without zeros, its outputs, and a sentence about it."""
+    if plan.precision == "int4" or options["weights"]:
+        return content, outputs, f"Not stored sparse: {plan.precision} is stored with its zeros."
+    if not _has_zeros(plan):
+        return content, outputs, f"Not stored sparse: no weight has more than {_MANY_ZEROS:.0%} zeros."
+    sparse = convert_traced(model, function, sparse=True, **options)
+    sizes = f"{len(sparse):,} bytes instead of {len(content):,}"
+    if len(sparse) >= len(content):
+        return content, outputs, f"Not stored sparse: that would be {sizes}."
+    try:
+        again = predict_file(sparse, samples)
+    except (RuntimeError, ValueError) as problem:
+        reason = str(problem).strip().splitlines()[-1]
+        return content, outputs, f"Not stored sparse, which would be {sizes}: LiteRT cannot run that file ({reason})."
+    if disagree(outputs, again, _TOLERANCES["float32"]):
+        return content, outputs, f"Not stored sparse, which would be {sizes}: LiteRT computes something else with it."
+    return sparse, again, f"Stored sparse: {sizes}. For a runtime that cannot read that, pass sparse=False."
+
+
+def _has_zeros(plan: _Plan) -> bool:
+    weights = [weight.variable for entry in find_layers(plan.traced).layers for weight in entry.weights]
+    return any(np.mean(read(variable) == 0) > _MANY_ZEROS for variable in weights)
+
+
+def _run(content: bytes, model, samples) -> list[np.ndarray]:
+    try:
+        return predict_file(content, samples)
+    except (RuntimeError, ValueError) as problem:
+        raise ValueError(
+            f"LiteRT cannot run what the converter made of model '{model.name}': {problem} Nothing was written."
+        ) from None
+
+
+def _check_outputs(plan: _Plan, actual, expected) -> None:
+    """Refuses a file that computes something else than what the converter got."""
+    if disagree(expected, actual, _TOLERANCES.get(_converter_precision(plan), np.inf)):
+        half = ' Weights beyond 65504, the largest number of float16, need precision="float32".'
+        raise ValueError(
+            f"Model '{plan.traced.name}': the file gives other outputs than the model; the largest difference is "
+            f"{largest_difference(expected, actual):.3g}. Nothing was written. Does the model compute the same each "
+            f"time it is called?{half if plan.precision == 'float16' else ''}"
+        )
+
+
+def _check_integers(model, plan: _Plan, content: bytes, allow_float: bool) -> tuple[list[str], list[str]]:
+    """What is left in float, and the weights that the file has otherwise than they were trained."""
+    left = float_ops(content) if plan.integers else []
+    with without_zero_gammas(plan.wrapped):
+        other, large = compare_integers(content, plan.wrappers)
+    if large and plan.precision == "int4":
+        plan.notes.append(f"Stored in 8 bits, since LiteRT has no kernel that reads 4: {', '.join(large)}.")
+    names = [f"{wrapper.name}/" for wrapper in plan.wrappers]
+    kernels = [op for op in left if op.split(" ")[0] in _KERNELS and any(name in op for name in names)]
     if (kernels or other) and not allow_float:
+        zeros = ", ".join(sorted({f"'{norm.name}'" for _, norm in zero_gammas(plan.wrapped)}))
+        hint = (
+            f" Batch normalization with a gamma of zero ({zeros}): keras_squeeze.shrink(model) first." if zeros else ""
+        )
         raise ValueError(
             f"Model '{model.name}': the converter has no integer kernel for quantized layers. In float: "
             f"{', '.join(kernels) or 'none'}; weights in float or on another grid: {', '.join(other) or 'none'}. "
             "Nothing was written. An integer kernel needs a rounded input and output: quantize activations as well, "
             'and begin a model that was wrapped by hand with keras_squeeze.FakeQuantize("int8"). Or leave these layers '
-            "out (quantize_aware(layers=...)), or pass allow_float=True."
+            f"out (quantize_aware(layers=...)), or pass allow_float=True.{hint}"
         )
-    write_file(path, content)
-    return ExportResult(path, len(content), precision, difference, agreement, float_ops, other)
+    return left, other
 
 
-def convert(model: keras.Model, *, integers: bool = False) -> bytes:
-    """The model as the content of a `.tflite` file with a batch of one.
-
-    Raises:
-        ValueError: it is not built, or leaves a size of its inputs open.
-    """
-    import tensorflow as tf
-
-    require_tensorflow()
-    inputs = getattr(model, "inputs", None)
-    if not inputs:
-        raise ValueError(f"Model '{model.name}' has no inputs of a known shape: build it with `keras.Input(shape)`.")
-    for tensor in inputs:
-        if None in tensor.shape[1:]:
-            raise ValueError(
-                f"Input '{tensor.name}' of model '{model.name}' has shape {tensor.shape}: a file needs to know every "
-                "size. "
-                "Rebuild the model with an input of a fixed shape."
-            )
-    specs = [tf.TensorSpec((1, *tensor.shape[1:]), tensor.dtype, name=tensor.name) for tensor in inputs]
-    structure = getattr(model, "_inputs_struct", None)
-    packed = keras.tree.pack_sequence_as(structure, specs) if structure is not None else specs[0]
-
-    def predict(tensors):
-        if not integers:
-            return model(tensors, training=False)
-        with converting():
-            return model(tensors, training=False)
-
-    function = tf.function(predict).get_concrete_function(packed)
-    with _quiet():
-        # Without a second argument, the model: it would leave variables in the graph, and LiteRT compute nonsense.
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
-    if integers:
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    with _quiet():
-        try:
-            return converter.convert()
-        except Exception as problem:
-            if type(problem).__name__ != "ConverterError":
-                raise
-            reason = str(problem).strip().splitlines()[0][:300]
-            raise ValueError(
-                f"The converter cannot take model '{model.name}': {reason} If it computes in half precision, build it "
-                'with the dtype policy "float32" and load its weights.'
-            ) from None
+def _wrappers(model) -> list[QuantizeAware]:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, QuantizeAware)]
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Keeps back what the converter says to all who do not give it a model, or data for its own quantization."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _ranges(model) -> list[FakeQuantize]:
-    """The quantizers of activations that keep a range."""
+def _activation_quantizers(model) -> list[FakeQuantize]:
     found = [layer for layer in model._flatten_layers() if isinstance(layer, FakeQuantize)]
-    return [layer for layer in found if layer.channels is None and layer.built and layer.range_state is not None]
-
-
-def _check_activations(model) -> None:
-    others = [f"{layer.name} ({layer.quantizer.bits} bits)" for layer in _ranges(model) if layer.quantizer.bits != 8]
-    if others:
-        raise ValueError(
-            f"LiteRT's integer kernels take activations of 8 bits. Received: {', '.join(others[:5])}. Train with "
-            'activations="int8", or export with precision="float32".'
-        )
+    return [layer for layer in found if layer.channels is None and layer.built]
 
 
 def _check_ready(model) -> None:
@@ -226,34 +352,7 @@ def _check_ready(model) -> None:
                 )
 
 
-def predict_file(file, inputs, names=()) -> list[np.ndarray]:
-    """What LiteRT computes for a batch, one example after the other.
-
-    Args:
-        file: Path of a `.tflite` file, or its content as bytes.
-        inputs: An array for each input, with the examples along the first axis.
-        names: The names of these inputs, where a file with several may have them in another order.
-
-    Returns:
-        An array for each output.
-    """
-    from ai_edge_litert.interpreter import Interpreter
-
-    source = {"model_content": file} if isinstance(file, bytes) else {"model_path": str(file)}
-    interpreter = Interpreter(**source)
-    interpreter.allocate_tensors()
-    details = interpreter.get_input_details()
-    places = [_place_of(detail["name"], list(names), place) for place, detail in enumerate(details)]
-    rows = []
-    for index in range(len(inputs[0])):
-        for place, detail in zip(places, details, strict=True):
-            interpreter.set_tensor(detail["index"], inputs[place][index : index + 1].astype(detail["dtype"]))
-        interpreter.invoke()
-        rows.append([interpreter.get_tensor(detail["index"])[0] for detail in _outputs_in_order(interpreter)])
-    return [np.stack(column) for column in zip(*rows, strict=True)]
-
-
-def _check(model, path: pathlib.Path, precision) -> None:
+def _check(model, path: pathlib.Path, precision, batch_size) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a `keras.Model`. Received: {model!r} of type {type(model).__name__}")
     if path.suffix != ".tflite":
@@ -265,125 +364,5 @@ def _check(model, path: pathlib.Path, precision) -> None:
     if precision is not None and precision not in PRECISIONS:
         known = ", ".join(map(repr, PRECISIONS))
         raise ValueError(f"`precision` must be None or one of {known}. Received: precision={precision!r}")
-
-
-def _has_quantizers(model) -> bool:
-    return any(isinstance(layer, (QuantizeAware, FakeQuantize)) for layer in model._flatten_layers())
-
-
-def _samples(model, data) -> list[np.ndarray]:
-    """A few examples for each input of the model."""
-    if data is not None:
-        x = next(iter(batches(inputs_only(model, data), 1)))[0]
-        return [keras.ops.convert_to_numpy(part)[:_SAMPLES] for part in keras.tree.flatten(x)]
-    rng = np.random.default_rng(0)
-    return [_random(model, tensor, rng) for tensor in model.inputs]
-
-
-def _random(model, tensor, rng) -> np.ndarray:
-    shape = (_SAMPLES, *tensor.shape[1:])
-    readers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Embedding)]
-    if not keras.backend.is_float_dtype(tensor.dtype) or readers:
-        vocabulary = min((layer.input_dim for layer in readers), default=2)
-        return rng.integers(vocabulary, size=shape).astype(tensor.dtype)
-    ranges = [
-        keras.ops.convert_to_numpy(layer.range_state)
-        for layer in model._flatten_layers()
-        if isinstance(layer, FakeQuantize)
-        and layer.name == f"quantized_{tensor._keras_history[0].name}"
-        and layer.range_state is not None
-        and layer.range_state.ndim
-    ]
-    low, high = ranges[0] if ranges else (0.0, 1.0)
-    return rng.uniform(low, high, shape).astype(tensor.dtype)
-
-
-def _compare(content: bytes, model, samples) -> tuple[float, float]:
-    """The largest difference between a file and a model, and the fraction of equal answers."""
-    structure = getattr(model, "_inputs_struct", None)
-    batch = keras.tree.pack_sequence_as(structure, samples) if structure is not None else samples[0]
-    expected = [keras.ops.convert_to_numpy(part) for part in keras.tree.flatten(model(batch, training=False))]
-    try:
-        actual = predict_file(content, samples, [tensor.name for tensor in model.inputs])
-    except (RuntimeError, ValueError) as problem:
-        raise ValueError(f"LiteRT cannot run what the converter made of model '{model.name}': {problem}") from None
-    pairs = list(zip(expected, actual, strict=True))
-    difference = max(float(np.abs(got.astype("float64") - wanted).max()) for wanted, got in pairs)
-    return difference, float(np.mean([_same_answers(wanted, got) for wanted, got in pairs]))
-
-
-def _same_answers(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
-    """A bool for every example."""
-    if expected.shape[-1] > 1 and expected.ndim > 1:
-        same = expected.argmax(-1) == actual.argmax(-1)
-    elif expected.min() >= 0 and expected.max() <= 1:
-        same = (expected > 0.5) == (actual > 0.5)
-    else:
-        same = np.abs(expected - actual) <= 0.01 * np.ptp(expected)
-    return same.reshape(len(expected), -1).all(axis=1)
-
-
-def _other_integers(content: bytes, wrappers) -> list[str]:
-    """The weights whose integers the file does not have.
-
-    What is compared is how often each magnitude occurs: the converter reorders weights, and turns the sign of an output
-    whose batch normalization has a negative gamma.
-    """
-    stored = [_magnitudes(array) for array in _integer_constants(content)]
-    missing = []
-    for wrapper in wrappers:
-        for name, (integers, _, zero_point) in wrapper.to_integers().items():
-            expected = _magnitudes(integers - zero_point)
-            if not any(np.array_equal(expected, counts) for counts in stored):
-                missing.append(f"{wrapper.layer.name}/{name}")
-    return missing
-
-
-def _magnitudes(integers: np.ndarray) -> np.ndarray:
-    return np.bincount(np.abs(integers.astype("int64")).reshape(-1), minlength=1 << 8)
-
-
-def _integer_constants(content: bytes) -> list[np.ndarray]:
-    interpreter = _plain_interpreter(content)
-    constants = []
-    for detail in interpreter.get_tensor_details():
-        if detail["dtype"] == np.int8 and len(detail["shape"]):
-            try:
-                constants.append(interpreter.get_tensor(detail["index"]))
-            except ValueError:
-                continue  # it is computed, and not there before the first inference
-    return constants
-
-
-def _plain_interpreter(content: bytes):
-    """An interpreter without a delegate, which would hide operations and weights."""
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    return Interpreter(model_content=content, experimental_op_resolver_type=plain)
-
-
-def _place_of(name: str, names: list[str], default: int) -> int:
-    """Which input of the model one of the file is; the converter may change their order."""
-    matches = [
-        place for place, known in enumerate(names) if name in (known, f"serving_default_{known}:0", f"{known}:0")
-    ]
-    return matches[0] if matches else default
-
-
-def _outputs_in_order(interpreter):
-    """The file's outputs in the order of the model's; outputs called Identity, Identity_1, ... come sorted by name."""
-    details = interpreter.get_output_details()
-    return sorted(details, key=lambda detail: (len(detail["name"]), detail["name"])) if len(details) > 1 else details
-
-
-def _float_ops(content: bytes) -> list[str]:
-    """`OPERATION name of its output` of everything that gives floats, but for the conversion at the ends."""
-    interpreter = _plain_interpreter(content)
-    tensors = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
-    left = []
-    for operation in interpreter._get_ops_details():
-        outputs = [tensors[index] for index in operation["outputs"] if index in tensors]
-        if operation["op_name"] not in _EDGES and any(np.issubdtype(x["dtype"], np.floating) for x in outputs):
-            left.append(f"{operation['op_name']} {outputs[0]['name']}")
-    return left
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"`batch_size` must be None or an int, at least 1. Received: batch_size={batch_size!r}")

@@ -26,6 +26,7 @@ def convertible_weight(
     values = (scale * (integers - zero_point)).astype("float32")
     if channels is None or np.any(zero_point) or np.abs(integers).max(initial=0) > _HIGH:
         return tf.constant(values)  # no kernel takes these, and `export` finds other integers or none
+    scale = _harmless(scale, integers)
     if not channels:
         end = float(scale.reshape(-1)[0]) * _HIGH
         return tf.quantization.fake_quant_with_min_max_vars(values, -end, end, num_bits=_BITS, narrow_range=True)
@@ -40,6 +41,17 @@ def convertible_weight(
     if flat.ndim < values.ndim:
         marked = tf.reshape(marked, [values.shape[axis] for axis in order])
     return tf.transpose(marked, np.argsort(order)) if order != sorted(order) else marked
+
+
+def _harmless(scale: np.ndarray, integers: np.ndarray) -> np.ndarray:
+    """The scales, with another one for outputs whose weights are all zero.
+
+    Theirs may be next to zero, and biases, which are stored in its multiples, would not fit 32 bits.
+    """
+    scale = np.reshape(scale, (*[1] * (integers.ndim - scale.ndim), *scale.shape))
+    shared = tuple(axis for axis in range(scale.ndim) if scale.shape[axis] == 1)
+    used = np.any(integers != 0, axis=shared, keepdims=True) & (scale > 0)
+    return np.where(used, scale, scale[used].max() if np.any(used) else np.float32(1)).astype("float32")
 
 
 def convertible_matmul(inputs, integers: np.ndarray, scale: np.ndarray, zero_point: np.ndarray):

@@ -1,0 +1,81 @@
+"""Models and examples from files, with errors that say what is wrong with the file."""
+
+import pathlib
+
+import keras
+import numpy as np
+
+
+def load_model(path, *, safe_mode: bool = True) -> keras.Model:
+    """Loads a `.keras` file or what `save_packed` wrote; not compiled.
+
+    Args:
+        path: The file. One whose name ends in `.keras` is Keras's own, any other one a packed one.
+        safe_mode: False lets a `.keras` file bring Python code of its own, in `Lambda` layers, and run it.
+
+    Returns:
+        A Keras model.
+
+    Raises:
+        ValueError: there is no such file, it is no model, it needs a class that Keras does not know, or it brings code.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}. Pass a .keras or a packed file.")
+    if path.suffix == ".tflite":
+        raise ValueError(f"A .tflite file is finished and does not become a Keras model again. Received: {path}")
+    if path.suffix != ".keras":
+        from keras_squeeze.deployment.packing import load_packed
+
+        return load_packed(path)
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=safe_mode)
+    except Exception as error:  # of whatever kind, the file is why
+        reasons = " ".join(map(str, _chain(error)))
+        if safe_mode and "safe_mode=False" in reasons:
+            raise ValueError(
+                f"{path} brings Python code, such as a `Lambda` layer. If you trust where it comes from, pass "
+                "safe_mode=False, which is --unsafe on the command line."
+            ) from None
+        raise ValueError(f"{path} is no model that Keras can load: {_chain(error)[-1]}") from None
+
+
+def load_examples(path) -> tuple:
+    """Reads inputs, and targets where there are any, from a NumPy file.
+
+    Args:
+        path: A `.npy` file with the inputs, or a `.npz` file with `x` and perhaps `y`; for several inputs their names
+            instead of `x`.
+
+    Returns:
+        `(x, y)`: an array or a dict of arrays, and an array or None.
+
+    Raises:
+        ValueError: there is no such file, or no inputs in it.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}. Pass a .npy or .npz file.")
+    try:
+        content = np.load(path)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy or .npz file of numbers: {error}") from None
+    if isinstance(content, np.ndarray):
+        return content, None
+    with content:
+        try:
+            arrays = {name: content[name] for name in content.files}
+        except ValueError as error:
+            raise ValueError(f"{path} holds something else than numbers: {error}") from None
+    y = arrays.pop("y", None)
+    if not arrays:
+        raise ValueError(f"{path} has no inputs: expected x, or the names of several inputs. Received: y alone or none")
+    return arrays["x"] if list(arrays) == ["x"] else arrays, y
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from, the first cause last."""
+    found = [error]
+    while found[-1].__cause__ or found[-1].__context__:
+        found.append(found[-1].__cause__ or found[-1].__context__)  # type: ignore[arg-type]
+    return found
