@@ -92,6 +92,16 @@ def test_float16_of_a_quantized_model_has_weights_on_the_grid(tmp_path):
     np.testing.assert_allclose(run(result.path, x), expected, atol=0.01 * np.ptp(expected))
 
 
+def test_binary_inputs_in_float(tmp_path):
+    inputs = keras.Input((8, 8, 1))
+    x = layers.BatchNormalization()(layers.Conv2D(16, 3, name="first")(inputs))
+    model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(layers.Conv2D(16, 3, name="signs")(x))))
+    q = ks.quantize_aware(model, {"signs": "xnor"})
+    for precision in ("float32", "float16"):
+        result = ks.export(q, tmp_path / "model.tflite", precision=precision, calibration_data=images())
+        assert result.max_abs_error < 0.02 * np.ptp(outputs(q, images(16)))
+
+
 def test_weights_that_float16_does_not_hold_are_an_error(tmp_path):
     model = dense(8)
     kernel = model.layers[1].kernel
@@ -250,14 +260,28 @@ def test_layers_of_eight_bits_stay_so(activations, tmp_path):
 def test_a_kernel_without_four_bits_keeps_eight(tmp_path):
     inputs = keras.Input((6, 6, 3))
     x = layers.Conv2D(8, 3, padding="same", name="conv")(inputs)
-    q = ks.quantize_aware(
-        keras.Model(inputs, layers.Conv2DTranspose(4, 3, name="up")(x)), {"conv": "int4", "up": "int8"}
-    )
+    x = layers.DepthwiseConv2D(3, padding="same", name="depth")(x)
+    q = ks.quantize_aware(keras.Model(inputs, layers.Conv2D(4, 1, name="point")(x)), "int4")
     data = np.random.default_rng(0).normal(size=(16, 6, 6, 3)).astype("float32")
     calibrate(q, data)
     result = ks.export(q, tmp_path / "model.tflite", precision="int4", calibration_data=data)
-    assert [shape for shape, _ in tensors(result.path, "INT4")] == [[8, 3, 3, 3]]
-    assert result.float_ops == []
+    assert [shape for shape, _ in tensors(result.path, "INT4")] == [[8, 3, 3, 3], [4, 8]]
+    ((shape, kept),) = [found for found in tensors(result.path, "INT8") if len(found[0]) > 1]
+    expected = q.get_layer("quantized_depth").to_integers()["kernel"][0]
+    np.testing.assert_array_equal(kept.view("int8").reshape(shape)[0], expected[..., 0])
+    assert "no fast kernel that reads 4: depth/kernel" in result.notes[0]
+    assert (result.float_ops, result.other_integers) == ([], [])
+
+
+def test_products_of_pixels_are_products(tmp_path):
+    """LiteRT has a fast kernel of 4 bits for products, not for convolutions."""
+    inputs = keras.Input((6, 6, 8))
+    x = layers.Conv2D(8, 1, activation="relu")(inputs)
+    model = keras.Model(inputs, layers.Dense(4)(layers.Flatten()(layers.Conv2D(4, 3)(x))))
+    data = np.random.default_rng(0).normal(size=(16, 6, 6, 8)).astype("float32")
+    result = ks.export(model, tmp_path / "model.tflite", precision="int4", calibration_data=data)
+    names = [name for name, *_ in operations(result.path)]
+    assert (names.count("FULLY_CONNECTED"), names.count("CONV_2D")) == (2, 1)
 
 
 @pytest.mark.parametrize("activations", [None, "int8"])
@@ -266,7 +290,8 @@ def test_a_kernel_without_four_bits_keeps_eight(tmp_path):
     [
         (lambda: layers.Dense(5, activation="relu"), (7,)),
         (lambda: layers.Dense(5), (3, 7)),
-        (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2), (8, 8, 3)),
+        (lambda: layers.Conv2D(6, 1, activation="relu"), (8, 8, 3)),
+        (lambda: layers.Conv2D(6, 1, strides=2), (8, 8, 3)),
         (lambda: layers.Conv2D(5, 3, strides=2, padding="same", activation="relu6"), (8, 8, 3)),
         (lambda: layers.Conv2D(4, 3, groups=2, dilation_rate=2), (8, 8, 4)),
         (lambda: layers.Conv1D(4, 3), (8, 3)),
@@ -289,6 +314,7 @@ def test_kinds_of_layers_in_four_bits(layer, shape, activations, tmp_path):
     [
         (lambda: layers.EinsumDense("abc,cd->abd", output_shape=(4, 6)), (4, 5), 1),
         (lambda: layers.SeparableConv2D(6, 3), (8, 8, 3), 2),
+        (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2), (8, 8, 3), 1),
         (lambda: layers.Conv2DTranspose(4, 3), (6, 6, 3), 1),
         (lambda: layers.Conv3D(3, 2), (6, 6, 6, 2), 1),
         (lambda: layers.TimeDistributed(layers.Dense(4)), (5, 3), 1),
@@ -435,6 +461,24 @@ def test_a_gamma_of_zero(weights, gamma_only, tmp_path):
     assert result.max_abs_error < 4 * (max(high, 0) - min(low, 0)) / 255
     for value, other in zip(before, q.get_weights(), strict=True):
         np.testing.assert_array_equal(value, other)
+
+
+def test_neurons_that_were_masked_and_not_removed(tmp_path):
+    model = networks.residual_convnet()
+    ks.prune_neurons(model, 0.4, round_to=1)
+    assert not model.get_layer("norm_1").gamma.numpy().all()
+    nested = keras.Sequential([keras.Input((8, 8, 1)), model])
+    for outer in (model, nested):
+        result = ks.export(outer, tmp_path / "model.tflite", precision="int8", calibration_data=images())
+        assert (result.float_ops, result.other_integers) == ([], [])
+        assert result.max_abs_error < np.ptp(outputs(model, images(16))) / 30
+
+
+def test_a_gamma_of_zero_on_a_grid_without_zero(tmp_path):
+    q = masked(ks.quantize_aware(networks.residual_convnet(), {"stem": "binary_connect"}))
+    calibrate(q, images())
+    with pytest.raises(ValueError, match=r"gamma of zero \('norm_1'\): keras_squeeze.shrink"):
+        ks.export(q, tmp_path / "model.tflite", calibration_data=images())
 
 
 def test_weights_that_are_all_zero(tmp_path):

@@ -99,15 +99,14 @@ def export(
             after training with the ranges that it has on `calibration_data`.
             `"int4"`: weights that were trained on a grid of at most 4 bits (`"int4"`, `LearnedStep(4)`, `"ternary"`,
             ...) are stored in 4 bits, as the very integers. Where the activations have 8 bits, it computes in integers
-            like `"int8"`; dense layers and (depthwise) convolutions only, since LiteRT reads weights of 4 bits in no
-            other integer kernel: other weights keep 8 bits, and `notes` names them. Where the activations have no
-            quantizers, or such as no kernel takes, the weights are turned back into floats when the file is loaded, and
-            it computes in float32. A model without quantizers is quantized after training, with `calibration_data` its
-            activations as well.
+            like `"int8"`: dense layers and convolutions, of which those with a window larger than one are slower in
+            LiteRT than in int8. It has no such kernel for others, or none that is fast: they keep 8 bits, and `notes`
+            names them. Where the activations have no quantizers, or such as no kernel takes, all weights are stored as
+            integers, and turned into floats at each inference, which takes longer than one of a float32 file. A model
+            without quantizers is quantized after training, with `calibration_data` its activations as well.
         calibration_data: Inputs: an array (for several inputs a list or a dict of arrays), `(x, y)`, or a
             `tf.data.Dataset` of batches. A model with quantizers that has seen no data is calibrated with it. The
-            comparison uses the first
-            of them; without, random numbers within the range of the inputs.
+            comparison uses the first of them; without, random numbers within the range of the inputs.
         allow_float: Whether quantized layers may compute in float, or with other integers than they were trained with,
             where the converter has no integer kernel for them.
         sparse: Whether weights are stored without their zeros. None: in float32 and float16, where that makes the file
@@ -219,7 +218,7 @@ def _plan(model, precision: str | None, data) -> _Plan:
     if signs or bits == {8}:
         return _Plan(precision, wrapped, wrapped, integers=True)
     why = f"LiteRT has no kernel for activations of {min(bits)} bits" if bits else "the activations have no quantizers"
-    note = f"Weights are stored as integers and turned into floats to compute with: {why}."
+    note = f"Weights are stored as integers and turned into floats at each inference, which takes time: {why}."
     return _Plan(precision, finalize(wrapped, activations="drop"), wrapped, notes=[note])
 
 
@@ -308,7 +307,7 @@ def _check_integers(model, plan: _Plan, content: bytes, allow_float: bool) -> tu
     with without_zero_gammas(plan.wrapped):
         other, large = compare_integers(content, plan.wrappers)
     if large and plan.precision == "int4":
-        plan.notes.append(f"Stored in 8 bits, since LiteRT has no kernel that reads 4: {', '.join(large)}.")
+        plan.notes.append(f"Stored in 8 bits, since LiteRT has no fast kernel that reads 4: {', '.join(large)}.")
     names = [f"{wrapper.name}/" for wrapper in plan.wrappers]
     kernels = [op for op in left if op.split(" ")[0] in _KERNELS and any(name in op for name in names)]
     if (kernels or other) and not allow_float:
