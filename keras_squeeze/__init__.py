@@ -1,6 +1,7 @@
 """Make Keras models really smaller and really faster, from inside `model.fit`."""
 
 from keras_squeeze import criteria, schedules
+from keras_squeeze.deployment.advice import advise
 from keras_squeeze.deployment.latency import Latency, measure_latency
 from keras_squeeze.deployment.litert import ExportResult, export
 from keras_squeeze.pruning.channel_rules import register_channel_rule
@@ -30,6 +31,7 @@ __all__ = [
     "NeuronPruning",
     "QuantizationSchedule",
     "QuantizeAware",
+    "advise",
     "criteria",
     "export",
     "finalize",
