@@ -40,29 +40,29 @@ class Ratio(NamedTuple):
 
 
 MEASURED: Mapping[tuple[str, str], Ratio] = {
-    ("convolutional", "80% zeros"): Ratio(1.04, 1.0),
-    ("convolutional", "80% zeros, sparse-encoded"): Ratio(None, 0.31),
-    ("convolutional", "95% zeros"): Ratio(None, 1.0),
-    ("convolutional", "95% zeros, sparse-encoded"): Ratio(None),
-    ("convolutional", "2:4 zeros"): Ratio(None, 1.0),
-    ("convolutional", "dynamic-range int8"): Ratio(2.5),
-    ("convolutional", "static int8"): Ratio(0.49),
-    ("convolutional", "binary weights"): Ratio(None),
-    ("convolutional", "half of the neurons"): Ratio(0.39),
-    ("convolutional", "65 wide over 64"): Ratio(1.81),
-    ("convolutional", "65 wide over 72"): Ratio(None),
-    ("dense", "80% zeros"): Ratio(None, 1.0),
-    ("dense", "80% zeros, sparse-encoded"): Ratio(None),
-    ("dense", "95% zeros"): Ratio(None, 1.0),
-    ("dense", "95% zeros, sparse-encoded"): Ratio(None),
-    ("dense", "2:4 zeros"): Ratio(None, 1.0),
-    ("dense", "dynamic-range int8"): Ratio(None),
-    ("dense", "static int8"): Ratio(None),
-    ("dense", "binary weights"): Ratio(None),
-    ("dense", "half of the neurons"): Ratio(None),
-    ("dense", "1025 wide over 1024"): Ratio(None),
-    ("dense", "1025 wide over 1032"): Ratio(None),
-    ("tiny", "static int8"): Ratio(None),
+    ("convolutional", "80% zeros"): Ratio(1.04, 1.00),
+    ("convolutional", "80% zeros, sparse-encoded"): Ratio(None, 0.29),
+    ("convolutional", "95% zeros"): Ratio(None, 1.00),
+    ("convolutional", "95% zeros, sparse-encoded"): Ratio(None, 0.08),
+    ("convolutional", "2:4 zeros"): Ratio(None, 1.00),
+    ("convolutional", "dynamic-range int8"): Ratio(2.5, 0.27),
+    ("convolutional", "static int8"): Ratio(0.49, 0.28),
+    ("convolutional", "binary weights"): Ratio(None, 0.28),
+    ("convolutional", "half of the neurons"): Ratio(0.39, 0.35),
+    ("convolutional", "65 wide over 64"): Ratio(1.81, 1.03),
+    ("convolutional", "65 wide over 72"): Ratio(None, 0.82),
+    ("dense", "80% zeros"): Ratio(None, 1.00),
+    ("dense", "80% zeros, sparse-encoded"): Ratio(None, 0.30),
+    ("dense", "95% zeros"): Ratio(None, 1.00),
+    ("dense", "95% zeros, sparse-encoded"): Ratio(None, 0.08),
+    ("dense", "2:4 zeros"): Ratio(None, 1.00),
+    ("dense", "dynamic-range int8"): Ratio(None, 0.25),
+    ("dense", "static int8"): Ratio(None, 0.25),
+    ("dense", "binary weights"): Ratio(None, 0.26),
+    ("dense", "half of the neurons"): Ratio(None, 0.32),
+    ("dense", "1025 wide over 1024"): Ratio(None, 1.00),
+    ("dense", "1025 wide over 1032"): Ratio(None, 0.99),
+    ("tiny", "static int8"): Ratio(None, 0.61),
 }
 NETWORKS = {
     "convolutional": "MobileNetV2",
@@ -218,7 +218,7 @@ def weights_only(case: Case) -> str | None:
     return (
         f"Quantizing the weights and not the activations (dynamic range) {slower}: with weights in int8, "
         f"{case.took('dynamic-range int8')}; with activations in int8 as well it {_times(static)}. Quantize both: the "
-        f"weights take {_packed(case)} either way."
+        f"weights take {_packed(case, sparse=False)} either way."
     )
 
 
@@ -271,10 +271,10 @@ def static_int8(case: Case) -> str | None:
     if weights is None or activations is None or weights.bits != 8 or activations.bits != 8:
         return None
     if case.is_tiny:
-        return f"Weights in {label(weights)} are smaller: they take {_packed(case)}."
+        return f"Weights in {label(weights)} are smaller: they take {_packed(case, sparse=False)}."
     return (
         f"Weights in {label(weights)} with activations in {label(activations)} are smaller and faster: the weights "
-        f"take {_packed(case)}; in int8, {case.took('static int8')}."
+        f"take {_packed(case, sparse=False)}; in int8, {case.took('static int8')}."
     )
 
 
@@ -353,9 +353,11 @@ def what_stays(case: Case) -> str | None:
     held, total = sum(case.rows[path].dense_bytes for path in owners), case.report.total.dense_bytes
     if not total or held < _NOTABLE * total:
         return None
-    order = sorted(owners, key=lambda path: -case.rows[path].dense_bytes)
-    names = _listed([f"{path} ({owners[path]})" for path in order])
-    return f"Not compressed whatever is done: {held / total:.0%} of the bytes of the weights, in {names}."
+    by_reason: dict[str, list[str]] = {}
+    for path in sorted(owners, key=lambda path: -case.rows[path].dense_bytes):
+        by_reason.setdefault(owners[path], []).append(path)
+    names = "; ".join(f"{_listed(paths)}: {reason}" for reason, paths in list(by_reason.items())[:_LISTED])
+    return f"Not compressed whatever is done: {held / total:.0%} of the bytes of the weights ({names})."
 
 
 RULES: tuple[Rule, ...] = (
@@ -386,13 +388,16 @@ def _largest(case: Case, name: str, what: str, shown) -> str | None:
     return f"Where {what} are, {shown(total)} in all: {', '.join(parts)}."
 
 
-def _packed(case: Case) -> str:
-    """The bytes of the weights, each stored as small as it can be: counted, or expected from the plan."""
+def _packed(case: Case, *, sparse: bool = True) -> str:
+    """The bytes of the weights, each stored as small as it can be: counted, or expected from the plan.
+
+    `sparse`: whether what is planned counts with the zeros.
+    """
     before = _human_bytes(case.report.total.dense_bytes)
     if not case.planned:
         return f"{_human_bytes(case.report.total.compressed_bytes)} instead of {before}"
-    plan = case.plan
-    return f"about {_human_bytes(case.expected_bytes(plan.sparsity, plan.weights))} instead of {before}"
+    expected = case.expected_bytes(case.plan.sparsity if sparse else 0.0, case.plan.weights)
+    return f"about {_human_bytes(expected)} instead of {before}"
 
 
 def _left(case: Case, parameters: int, macs: int) -> str:

@@ -12,7 +12,7 @@ from keras_squeeze.quantization.wrapper import QuantizeAware
 from keras_squeeze.report import CompressionReport
 
 _KEYS = ("sparsity", "pattern", "neurons", "weights", "activations")
-_ACCIDENTAL = 0.001  # a larger part of zeros is no accident
+_FEW = 0.1  # zeros, as rounding makes them, that save next to nothing
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read_recipe(recipe) -> Plan:
 
 def plan_of(model, report: CompressionReport) -> Plan:
     """What a model has already: zeros, and quantizers or the grid that they left."""
-    sparsity = report.total.sparsity if report.total.sparsity > _ACCIDENTAL else 0.0
+    sparsity = report.total.sparsity if report.total.sparsity > _FEW else 0.0
     members = model._flatten_layers()
     wrappers = [layer for layer in members if isinstance(layer, QuantizeAware)]
     chosen = [wrapper.weight_quantizer for wrapper in wrappers if wrapper.weight_quantizer is not None]
