@@ -1,6 +1,7 @@
 """Make Keras models really smaller and really faster, from inside `model.fit`."""
 
 from keras_squeeze import criteria, schedules
+from keras_squeeze.deployment.advice import advise
 from keras_squeeze.deployment.comparison import Comparison, compare
 from keras_squeeze.deployment.latency import Latency, measure_latencies, measure_latency
 from keras_squeeze.deployment.litert import ExportResult, export
@@ -33,6 +34,7 @@ __all__ = [
     "NeuronPruning",
     "QuantizationSchedule",
     "QuantizeAware",
+    "advise",
     "compare",
     "criteria",
     "export",

@@ -1,0 +1,131 @@
+"""What a model would hold and compute after a compression that was not done yet."""
+
+import keras
+import numpy as np
+from keras import layers
+
+from keras_squeeze.graphs import functional_of
+from keras_squeeze.pruning.masks import keep_count
+from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
+from keras_squeeze.pruning.neurons import Neurons, Savings
+from keras_squeeze.quantization.placement import LOW_BITS, find_ends
+from keras_squeeze.quantization.quantizers import Affine, Quantizer
+from keras_squeeze.selection import CompressibleLayer, CompressibleWeight, Selection, read
+
+MULTIPLE = 8
+"""Widths that runtimes compute without a rest are multiples of it."""
+
+_CONVOLUTIONS = (
+    *(layers.Conv1D, layers.Conv2D, layers.Conv3D),
+    *(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose),
+    *(layers.SeparableConv1D, layers.SeparableConv2D),
+    *(layers.DepthwiseConv1D, layers.DepthwiseConv2D),
+)
+_REASONS = 3
+
+
+def saved_bytes(model, found: Selection, sparsity: float, quantizer: Quantizer | None) -> int:
+    """Bytes that weights save with so many zeros and this quantizer, each stored as small as it can be.
+
+    Args:
+        model: A built model.
+        found: Its compressible layers.
+        sparsity: Fraction of zeros of every weight; on a grid without zero there are none.
+        quantizer: None: weights stay in float.
+    """
+    ends = _ends(model, found, quantizer)
+    saved = 0
+    for entry in found.layers:
+        chosen = Affine(8) if id(unit_of(entry)) in ends else quantizer
+        saved += sum(read(w.variable).nbytes - _weight_bytes(w, sparsity, chosen) for w in entry.weights)
+    return saved
+
+
+def without_neurons(model, fraction: float) -> tuple[int, int] | str:
+    """`(parameters, MACs)` without a fraction of the neurons, or the reason why none can go.
+
+    Every layer loses the same share, down to a multiple of 8, as with `prune_neurons(allocation="uniform")`.
+    """
+    if functional_of(model) is None:
+        return "the model is subclassed, and does not say how its layers are connected"
+    neurons = Neurons(model)
+    allocation = Allocation(neurons.groups, Limits(MULTIPLE), "uniform", neurons.count)
+    if len(allocation.stuck) == len(neurons.groups):
+        reasons = [f"{group.name}: no smaller width is a multiple of {MULTIPLE}" for group in allocation.stuck]
+        reasons += [f"{path}: {reason}" for path, reason in neurons.frozen]
+        return "; ".join(reasons[:_REASONS])
+    wanted = fraction * neurons.prunable
+    gone = allocation.prune(
+        np.zeros(neurons.count),
+        lambda pruned: bool(np.count_nonzero(pruned) >= wanted),
+        nearest=lambda pruned: abs(np.count_nonzero(pruned) - wanted),
+    )
+    return Savings(neurons).left(gone)
+
+
+def unit_of(entry: CompressibleLayer) -> keras.Layer:
+    """What the model calls for a layer: the layer itself, or the wrapper around it."""
+    return next((parent for parent in entry.parents if functional_of(parent) is None), entry.layer)
+
+
+def output_units(model, found: Selection) -> set[int]:
+    """The units whose width is that of an output of the model, by identity; none where the model is subclassed."""
+    units = {id(unit_of(entry)) for entry in found.layers}
+    functional = functional_of(model)
+    last, seen = set(), set()
+    waiting = list(functional.outputs) if functional is not None else []
+    while waiting:
+        tensor = waiting.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        operation, node, _ = tensor._keras_history
+        inner = functional_of(operation)
+        if id(operation) in units:
+            last.add(id(operation))
+        elif inner is not None:
+            waiting += inner.outputs
+        else:
+            waiting += operation._inbound_nodes[node].input_tensors
+    return last
+
+
+def is_convolution(entry: CompressibleLayer) -> bool:
+    return isinstance(entry.layer, _CONVOLUTIONS)
+
+
+def width_of(entry: CompressibleLayer) -> int:
+    """Channels that a Dense layer or a convolution gives; 0 for others."""
+    if isinstance(entry.layer, layers.Dense):
+        return entry.layer.units
+    return (getattr(entry.layer, "filters", 0) or 0) if is_convolution(entry) else 0
+
+
+def _weight_bytes(weight: CompressibleWeight, sparsity: float, quantizer: Quantizer | None) -> int:
+    """The smallest of the report's three forms: dense, a bit mask and values, values and bytes that count zeros."""
+    values = read(weight.variable)
+    if quantizer is not None and not quantizer.has_zero:
+        sparsity = 0.0
+    kept = keep_count(values.size, sparsity)
+    bits = 8 * values.itemsize if quantizer is None else quantizer.bits
+    scales = 0 if quantizer is None else _count_scales(weight, quantizer)
+    forms = [-(-values.size * bits // 8), -(-values.size // 8) - (-kept * bits // 8)]
+    if quantizer is None:
+        forms.append(kept * (values.itemsize + 1))
+    return min(forms) + 4 * scales
+
+
+def _count_scales(weight: CompressibleWeight, quantizer: Quantizer) -> int:
+    shape = weight.variable.shape
+    axes = [axis % len(shape) for axis in weight.channel_axes]
+    outputs = np.ones([size if axis in axes else 1 for axis, size in enumerate(shape)], "float32")
+    return quantizer.for_weights().to_integers(outputs, channels=weight.channel_axes)[1].size
+
+
+def _ends(model, found: Selection, quantizer: Quantizer | None) -> set[int]:
+    """The units that `quantize_aware` gives 8 bits where others get very few, by identity."""
+    if quantizer is None or quantizer.bits >= LOW_BITS or functional_of(model) is None:
+        return set()
+    units = {id(unit): unit for unit in map(unit_of, found.layers)}
+    ends = find_ends(model, units.values())
+    return set() if units.keys() <= ends else ends

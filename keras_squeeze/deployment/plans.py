@@ -1,0 +1,89 @@
+"""What is to be done to a model: what a user intends, or what was done to it already."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from keras_squeeze import schedules
+from keras_squeeze.pruning.masks import check_reachable, get_pattern
+from keras_squeeze.quantization import quantizers
+from keras_squeeze.quantization.fake_quantize import FakeQuantize
+from keras_squeeze.quantization.quantizers import Affine, Binary, Quantizer
+from keras_squeeze.quantization.wrapper import QuantizeAware
+from keras_squeeze.report import CompressionReport
+
+_KEYS = ("sparsity", "pattern", "neurons", "weights", "activations")
+_FEW = 0.1  # zeros, as rounding makes them, that save next to nothing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a user intends, or what a model has already."""
+
+    sparsity: float = 0.0
+    pattern: str = "unstructured"
+    neurons: float = 0.0
+    weights: Quantizer | None = None
+    activations: Quantizer | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.sparsity and not self.neurons and self.weights is None
+
+    @property
+    def zeros(self) -> str:
+        """The zeros in words."""
+        unstructured = self.pattern == "unstructured"
+        return f"{self.sparsity:.0%} {'unstructured zeros' if unstructured else f'zeros in pattern {self.pattern}'}"
+
+    @property
+    def has_binary_inputs(self) -> bool:
+        return isinstance(self.weights, Binary) and self.weights.inputs is not None
+
+
+def read_recipe(recipe) -> Plan:
+    """What a user intends, checked."""
+    known = ", ".join(map(repr, _KEYS))
+    if recipe is None:
+        return Plan()
+    if not isinstance(recipe, Mapping):
+        raise TypeError(f"`recipe` must be None or a dict with any of the keys {known}. Received: {recipe!r}")
+    if not recipe.keys() <= set(_KEYS):
+        raise ValueError(f"`recipe` takes the keys {known}. Received: {', '.join(map(repr, recipe))}")
+    sparsity = schedules.check_sparsity("sparsity", recipe.get("sparsity", 0.0))
+    neurons = schedules.check_sparsity("neurons", recipe.get("neurons", 0.0))
+    pattern = recipe.get("pattern", "unstructured")
+    check_reachable(sparsity, get_pattern(pattern))
+    weights = quantizers.get(recipe.get("weights"))
+    if weights is None:
+        if recipe.get("activations") is not None:
+            raise ValueError(
+                "`recipe` quantizes activations and no weights, and no layer computes with these. Add a quantizer for "
+                f'the weights, such as "weights": "int8". Received: {recipe!r}'
+            )
+        return Plan(sparsity, str(pattern), neurons)
+    default = None if isinstance(weights, Binary) and weights.inputs else Affine(8)
+    activations = quantizers.get(recipe.get("activations", default))
+    if activations is not None:
+        activations.for_activations()  # refuses what is for weights only
+    return Plan(sparsity, str(pattern), neurons, weights, activations)
+
+
+def plan_of(model, report: CompressionReport) -> Plan:
+    """What a model has already: zeros, and quantizers or the grid that they left."""
+    sparsity = report.total.sparsity if report.total.sparsity > _FEW else 0.0
+    members = model._flatten_layers()
+    wrappers = [layer for layer in members if isinstance(layer, QuantizeAware)]
+    chosen = [wrapper.weight_quantizer for wrapper in wrappers if wrapper.weight_quantizer is not None]
+    weights = min(chosen, key=lambda quantizer: quantizer.bits, default=None)
+    if weights is None and report.total.levels is not None:
+        bits = min(int(row.bits) for row in report.layers if row.levels is not None)
+        weights = Affine(bits) if bits > 1 else Binary()
+    ranges = [layer.quantizer for layer in members if isinstance(layer, FakeQuantize) and layer.channels is None]
+    activations = min(ranges, key=lambda quantizer: quantizer.bits, default=None)
+    return Plan(sparsity, weights=weights, activations=None if weights is None else activations)
+
+
+def label(quantizer: Quantizer) -> str:
+    """A quantizer's name, or else its bits."""
+    names = [name for name, known in quantizers.NAMES.items() if quantizer in (known, known.for_weights())]
+    return names[0] if names else f"{quantizer.bits} bits"
