@@ -8,7 +8,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import pathlib
@@ -20,8 +19,7 @@ from typing import Any
 from keras_squeeze.deployment.litert import PRECISIONS
 
 _EPILOG = "exit codes: 0 fine; 1 an error in what was asked, told in one line on standard error; 2 wrong usage"
-_HAS_PACKING = importlib.util.find_spec("keras_squeeze.deployment.packing") is not None
-_MODEL = "a .keras file, or a packed one" if _HAS_PACKING else "a .keras file"
+_MODEL = "a .keras file, or a packed one"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,7 +72,7 @@ def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
 def _takes_models(parser: argparse.ArgumentParser, name: str = "model", also: str = "", **several) -> None:
     parser.add_argument(name, metavar="MODEL", help=_MODEL + also, **several)
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on standard output")
-    parser.add_argument("--unsafe", action="store_true", help="let a .keras file that you trust run code of its own")
+    parser.add_argument("--unsafe", action="store_true", help="let a file that you trust run code of its own")
 
 
 def _writes(parser: argparse.ArgumentParser, what: str) -> None:
@@ -168,8 +166,6 @@ def _export(options) -> tuple[Any, dict]:
 
 
 def _add_pack(commands) -> None:
-    if not _HAS_PACKING:
-        return
     summary = "write a file in which quantized and sparse weights take their real size"
     parser = _command(commands, "pack", _pack, summary)
     _takes_models(parser)

@@ -136,8 +136,6 @@ def test_a_metric_that_is_not_finite_is_null_in_json(files, capsys):
 
 @pytest.mark.parametrize(("command", "suffix"), [("shrink", "keras"), ("export", "tflite"), ("pack", "packed")])
 def test_an_output_is_not_overwritten(files, capsys, command, suffix):
-    if command == "pack":
-        pytest.importorskip("keras_squeeze.deployment.packing")
     output = files / f"there.{suffix}"
     output.write_text("mine")
     assert "exists. Pass --force" in error(capsys, command, files / "model.keras", output)
@@ -150,11 +148,10 @@ def test_an_output_is_not_overwritten(files, capsys, command, suffix):
 
 
 def test_pack(files, capsys):
-    packing = pytest.importorskip("keras_squeeze.deployment.packing")
     facts = run_json(capsys, "pack", files / "model.keras", files / "model.packed")
     assert facts["num_bytes"] == (files / "model.packed").stat().st_size
     model = keras.models.load_model(files / "model.keras", compile=False)
-    for loaded, weight in zip(packing.load_packed(files / "model.packed").weights, model.weights, strict=True):
+    for loaded, weight in zip(ks.load_packed(files / "model.packed").weights, model.weights, strict=True):
         np.testing.assert_array_equal(loaded, weight)
     assert run_json(capsys, "report", files / "model.packed")["total"] == ks.summarize(model).to_dict()["total"]
 

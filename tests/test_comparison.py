@@ -378,9 +378,8 @@ def test_examples_in_files(tmp_path):
 
 
 def test_packed_files(trained, digits, tmp_path):
-    packing = pytest.importorskip("keras_squeeze.deployment.packing")
     x, y = digits[0][:50], digits[1][:50]
-    size = packing.save_packed(trained["narrow"], tmp_path / "narrow.packed")
+    size = ks.save_packed(trained["narrow"], tmp_path / "narrow.packed")
     models = {"model": trained["narrow"], "packed": tmp_path / "narrow.packed"}
     found = ks.compare(models, data=(x, y), runs=1)
     assert found["packed"].kind == "packed"

@@ -315,7 +315,7 @@ def _entry(name: str, item, tflite: pathlib.Path, safe_mode: bool) -> _Entry:
         model = item if isinstance(item, keras.Model) else load_model(ships, safe_mode=safe_mode)
         facts["precision"] = export(model, tflite).precision
         total = summarize(model).total
-        facts |= {"parameters": total.parameters, "macs": total.macs, "energy_pj": getattr(total, "energy_pj", None)}
+        facts |= {"parameters": total.parameters, "macs": total.macs, "energy_pj": total.energy_pj}
     content = ships.read_bytes()
     facts |= {"num_bytes": len(content), "gzip_bytes": len(gzip.compress(content))}
     return _Entry(tflite, facts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import keras
 import numpy as np
 
-from keras_squeeze.deployment.comparing import (
+from keras_squeeze.deployment.checking import (
     agreement,
     disagree,
     largest_difference,

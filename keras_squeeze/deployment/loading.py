@@ -5,13 +5,20 @@ import pathlib
 import keras
 import numpy as np
 
+from keras_squeeze.deployment.packing import load_packed
+
+_BRINGS_CODE = (
+    "{} brings Python code, such as a `Lambda` layer. If you trust where it comes from, pass safe_mode=False, which is "
+    "--unsafe on the command line."
+)
+
 
 def load_model(path, *, safe_mode: bool = True) -> keras.Model:
     """Loads a `.keras` file or what `save_packed` wrote; not compiled.
 
     Args:
         path: The file. One whose name ends in `.keras` is Keras's own, any other one a packed one.
-        safe_mode: False lets a `.keras` file bring Python code of its own, in `Lambda` layers, and run it.
+        safe_mode: False lets a file bring Python code of its own, in `Lambda` layers, and run it.
 
     Returns:
         A Keras model.
@@ -25,19 +32,23 @@ def load_model(path, *, safe_mode: bool = True) -> keras.Model:
     if path.suffix == ".tflite":
         raise ValueError(f"A .tflite file is finished and does not become a Keras model again. Received: {path}")
     if path.suffix != ".keras":
-        from keras_squeeze.deployment.packing import load_packed
-
-        return load_packed(path)
+        return _packed(path, safe_mode)
     try:
         return keras.models.load_model(path, compile=False, safe_mode=safe_mode)
     except Exception as error:  # of whatever kind, the file is why
         reasons = " ".join(map(str, _chain(error)))
         if safe_mode and "safe_mode=False" in reasons:
-            raise ValueError(
-                f"{path} brings Python code, such as a `Lambda` layer. If you trust where it comes from, pass "
-                "safe_mode=False, which is --unsafe on the command line."
-            ) from None
+            raise ValueError(_BRINGS_CODE.format(path)) from None
         raise ValueError(f"{path} is no model that Keras can load: {_chain(error)[-1]}") from None
+
+
+def _packed(path: pathlib.Path, safe_mode: bool) -> keras.Model:
+    try:
+        return load_packed(path, safe_mode=safe_mode)
+    except ValueError as error:
+        if safe_mode and "safe_mode=False" in str(error):
+            raise ValueError(_BRINGS_CODE.format(path)) from None
+        raise
 
 
 def load_examples(path) -> tuple:

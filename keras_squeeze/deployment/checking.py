@@ -1,4 +1,4 @@
-"""What a file is compared with: sample inputs, what the model gives for them, and how far apart two answers are."""
+"""What a file is checked against: sample inputs, what the model gives for them, and how far apart two answers are."""
 
 import keras
 import numpy as np
