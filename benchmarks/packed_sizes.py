@@ -6,7 +6,6 @@ quantized as well, in one `fit`, for as many epochs with the same learning rates
 """
 
 import functools
-
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
