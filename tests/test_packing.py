@@ -332,7 +332,7 @@ HOSTILE = {
     "too few weights": (lambda members: members["manifest.json"]["weights"].pop(), "more weights|variables"),
     "weights for no layer": (_set("manifest.json", "weights", 0, 0, to=99), "layer 99"),
     "a weight called otherwise": (_set("manifest.json", "weights", 0, 1, to="x"), "does not take|variables"),
-    "another shape": (_set("manifest.json", "weights", 0, 2, to=[3, 3, 1, 15]), "values|stream"),
+    "another shape": (_set("manifest.json", "weights", 0, 2, to=[3, 3, 1, 15]), "values|stream|shape"),
     "a negative shape": (_set("manifest.json", "weights", 0, 2, to=[-3, -3, 1, 16]), "not understood"),
     "a huge shape": (_set("manifest.json", "weights", 0, 2, to=[1 << 40, 9]), "values|stream|bytes"),
     "a shape of text": (_set("manifest.json", "weights", 0, 2, to="abc"), "not understood"),

@@ -120,7 +120,7 @@ class Case:
 
     def expected_bytes(self, sparsity: float, quantizer: Quantizer | None) -> int:
         """The bytes of all weights with so many zeros and this quantizer."""
-        return self.report.total.dense_bytes - saved_bytes(self.model, self.found, sparsity, quantizer)
+        return self.report.total.compressed_bytes - saved_bytes(self.model, self.found, sparsity, quantizer)
 
     def measured(self, change: str) -> Ratio:
         return MEASURED[self.kind, change]

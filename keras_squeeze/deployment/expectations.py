@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_squeeze.encodings import encode
 from keras_squeeze.graphs import functional_of
 from keras_squeeze.pruning.masks import keep_count
 from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
@@ -25,7 +26,7 @@ _REASONS = 3
 
 
 def saved_bytes(model, found: Selection, sparsity: float, quantizer: Quantizer | None) -> int:
-    """Bytes that weights save with so many zeros and this quantizer, each stored as small as it can be.
+    """Bytes that a packed file saves with so many zeros and this quantizer: weights are packed, as they are and so.
 
     Args:
         model: A built model.
@@ -37,7 +38,8 @@ def saved_bytes(model, found: Selection, sparsity: float, quantizer: Quantizer |
     saved = 0
     for entry in found.layers:
         chosen = Affine(8) if id(unit_of(entry)) in ends else quantizer
-        saved += sum(read(w.variable).nbytes - _weight_bytes(w, sparsity, chosen) for w in entry.weights)
+        for weight in entry.weights:
+            saved += encode(read(weight.variable)).num_bytes - _weight_bytes(weight, sparsity, chosen)
     return saved
 
 
@@ -102,24 +104,17 @@ def width_of(entry: CompressibleLayer) -> int:
 
 
 def _weight_bytes(weight: CompressibleWeight, sparsity: float, quantizer: Quantizer | None) -> int:
-    """The smallest of the report's three forms: dense, a bit mask and values, values and bytes that count zeros."""
+    """Of a packed weight, once its smallest magnitudes are zero and the others on a grid."""
     values = read(weight.variable)
     if quantizer is not None and not quantizer.has_zero:
         sparsity = 0.0
-    kept = keep_count(values.size, sparsity)
-    bits = 8 * values.itemsize if quantizer is None else quantizer.bits
-    scales = 0 if quantizer is None else _count_scales(weight, quantizer)
-    forms = [-(-values.size * bits // 8), -(-values.size // 8) - (-kept * bits // 8)]
-    if quantizer is None:
-        forms.append(kept * (values.itemsize + 1))
-    return min(forms) + 4 * scales
-
-
-def _count_scales(weight: CompressibleWeight, quantizer: Quantizer) -> int:
-    shape = weight.variable.shape
-    axes = [axis % len(shape) for axis in weight.channel_axes]
-    outputs = np.ones([size if axis in axes else 1 for axis, size in enumerate(shape)], "float32")
-    return quantizer.for_weights().to_integers(outputs, channels=weight.channel_axes)[1].size
+    gone = np.argsort(np.abs(values), axis=None, kind="stable")[: values.size - keep_count(values.size, sparsity)]
+    values = np.array(values)
+    values.reshape(-1)[gone] = 0
+    if quantizer is not None:
+        tensor = keras.ops.convert_to_tensor(values, "float32")
+        values = keras.ops.convert_to_numpy(quantizer.for_weights()(tensor, None, weight.channel_axes))
+    return encode(values).num_bytes
 
 
 def _ends(model, found: Selection, quantizer: Quantizer | None) -> set[int]:

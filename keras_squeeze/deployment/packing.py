@@ -173,18 +173,20 @@ def _own_variables(model) -> Iterator[tuple[int, str, np.ndarray]]:
 def _load(model, archive: Archive, max_bytes: int) -> None:
     """Puts the weights and the assets of an archive into a rebuilt model."""
     layers = list(model._flatten_layers())
+    for place, arrays in archive.arrays(len(layers), max_bytes):
+        _hand(layers[place], "load_own_variables", arrays)
+    for place, files in archive.files(len(layers)):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                pathlib.Path(folder, name).write_bytes(content)
+            _hand(layers[place], "load_assets", folder)
+
+
+def _hand(layer, method: str, saved) -> None:
     try:
-        for place, arrays in archive.arrays(len(layers), max_bytes):
-            layers[place].load_own_variables(arrays)
-        for place, files in archive.files(len(layers)):
-            with tempfile.TemporaryDirectory() as folder:
-                for name, content in files.items():
-                    pathlib.Path(folder, name).write_bytes(content)
-                layers[place].load_assets(folder)
-    except ValueError:
-        raise
+        getattr(layer, method)(saved)
     except Exception as problem:  # a layer's own way of loading
-        raise ValueError(f"a layer does not take what was saved for it. {first_line(problem)}") from None
+        raise ValueError(f"'{layer.name}' does not take what was saved for it. {first_line(problem)}") from None
 
 
 def _saved_assets(model) -> dict[str, bytes]:
