@@ -183,8 +183,9 @@ def test_four_bits_are_an_eighth(data, tmp_path):
     assert small.num_bytes < 0.16 * whole.num_bytes
 
 
-def test_weights_of_four_bits_with_activations_in_float(tmp_path):
-    q = calibrated("int4", None)
+@pytest.mark.parametrize("weights", ["int4", ks.quantizers.LearnedStep(4), "ternary"], ids=str)
+def test_weights_of_four_bits_with_activations_in_float(weights, tmp_path):
+    q = calibrated({"stem|inner|outer|hidden|logits": weights}, None)
     x = images(16)
     result = ks.export(q, tmp_path / "model.tflite", precision="int4", calibration_data=x)
     np.testing.assert_allclose(run(result.path, x), outputs(q, x), atol=1e-5)
@@ -441,7 +442,7 @@ def masked(q, gamma_only=False):
     stem, norm = q.get_layer("quantized_stem").layer, q.get_layer("norm_1")
     one = np.arange(16) != 3
     norm.gamma.assign(norm.gamma * one)
-    norm.moving_mean.assign(np.linspace(-0.1, 0.1, 16))
+    norm.moving_mean.assign(np.where(one, 0.05, -5))
     norm.beta.assign(np.linspace(-1, 1, 16))
     if not gamma_only:
         stem.kernel.assign(stem.kernel * one)
@@ -481,15 +482,16 @@ def test_a_gamma_of_zero_on_a_grid_without_zero(tmp_path):
         ks.export(q, tmp_path / "model.tflite", calibration_data=images())
 
 
-def test_weights_that_are_all_zero(tmp_path):
-    """Their scale is next to zero, and a bias in its multiples would not fit."""
-    q = ks.quantize_aware(networks.residual_convnet())
+@pytest.mark.parametrize("weights", ["int8", "ternary"])
+def test_weights_that_are_all_zero(weights, tmp_path):
+    """Their scale may be next to zero, and a bias in its multiples would not fit."""
+    q = ks.quantize_aware(networks.residual_convnet(), {"stem|inner|outer|hidden|logits": weights})
     inner = q.get_layer("quantized_inner").layer  # its batch normalization has no gamma
     inner.kernel.assign(inner.kernel * (np.arange(32) != 3))
-    q.get_layer("norm_2").beta.assign(np.linspace(0, 1, 32))
+    q.get_layer("norm_2").beta.assign(np.where(np.arange(32) == 3, 3, 0))
     hidden = q.get_layer("quantized_hidden").layer
     hidden.kernel.assign(hidden.kernel * (np.arange(32) != 5))
-    hidden.bias.assign(np.linspace(-1, 1, 32))
+    hidden.bias.assign(np.where(np.arange(32) == 5, 5, 0))
     calibrate(q, images())
     result = ks.export(q, tmp_path / "model.tflite", calibration_data=images())
     assert result.float_ops == []
