@@ -333,6 +333,38 @@ def test_every_kind_of_layer_can_have_weights_of_four_bits(layer, shape, count, 
     assert result.max_abs_error <= 1e-5
 
 
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_tables_of_embeddings_are_stored_as_integers(weights, tmp_path):
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Flatten()(layers.Embedding(20, 4, name="table")(inputs))
+    q = ks.quantize_aware(
+        keras.Model(inputs, layers.Dense(3, name="logits")(x)), {"table": weights, "logits": "int4"}, None
+    )
+    words = np.random.default_rng(0).integers(20, size=(16, 6)).astype("int32")
+    result = ks.export(q, tmp_path / "model.tflite", precision="int4", calibration_data=words)
+    assert result.max_abs_error < 1e-5
+    expected = q.get_layer("quantized_table").to_integers()["embeddings"][0]
+    if weights == "int4":
+        stored = [nibbles(shape, data) for shape, data in tensors(result.path, "INT4")]
+    else:
+        stored = [data.view("int8").reshape(shape) for shape, data in tensors(result.path, "INT8")]
+    assert any(np.array_equal(array, expected) for array in stored)
+
+
+@pytest.mark.parametrize("layer", [lambda: layers.Dense(300), lambda: layers.Conv2D(300, 3)])
+def test_weights_of_eight_bits_with_activations_in_float(layer, tmp_path):
+    inputs = keras.Input((5, 5, 40))
+    q = ks.quantize_aware(keras.Model(inputs, layer()(inputs)), "int8", None)
+    x = np.random.default_rng(0).normal(size=(16, 5, 5, 40)).astype("float32")
+    result = ks.export(q, tmp_path / "model.tflite", calibration_data=x)
+    whole = ks.export(q, tmp_path / "whole.tflite", precision="float32", calibration_data=x)
+    assert result.num_bytes < 0.45 * whole.num_bytes
+    np.testing.assert_allclose(run(result.path, x), outputs(q, x), atol=1e-4)
+    expected = as_rows(wrappers(q)[0].to_integers()["kernel"][0])
+    ((_, data),) = tensors(result.path, "INT8")
+    assert equal_up_to_sign(data.view("int8").reshape(len(expected), -1), expected)
+
+
 # sparse
 
 
@@ -423,6 +455,16 @@ def test_only_what_is_rounded_can_be_an_integer(tmp_path):
     assert file.get_output_details()[0]["dtype"] == np.int8
     with pytest.raises(ValueError, match=r"no integers at its ends.*float32"):
         ks.export(dense(8), tmp_path / "model.tflite", integer_io=True)
+
+
+def test_an_output_that_is_given_twice(tmp_path):
+    inputs = keras.Input((6,))
+    x = layers.Dense(3, name="logits")(inputs)
+    data = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+    options = {"precision": "int8", "calibration_data": data, "integer_io": True}
+    result = ks.export(keras.Model(inputs, [x, x]), tmp_path / "model.tflite", **options)
+    assert interpreter(result.path).get_signature_runner().get_output_details().keys() == {"logits", "logits_1"}
+    assert result.max_abs_error < 0.1
 
 
 def test_an_end_in_float(tmp_path):
