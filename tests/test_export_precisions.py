@@ -183,8 +183,9 @@ def test_four_bits_are_an_eighth(data, tmp_path):
     assert small.num_bytes < 0.16 * whole.num_bytes
 
 
-def test_weights_of_four_bits_with_activations_in_float(tmp_path):
-    q = calibrated("int4", None)
+@pytest.mark.parametrize("weights", ["int4", ks.quantizers.LearnedStep(4), "ternary"], ids=str)
+def test_weights_of_four_bits_with_activations_in_float(weights, tmp_path):
+    q = calibrated({"stem|inner|outer|hidden|logits": weights}, None)
     x = images(16)
     result = ks.export(q, tmp_path / "model.tflite", precision="int4", calibration_data=x)
     np.testing.assert_allclose(run(result.path, x), outputs(q, x), atol=1e-5)
@@ -332,6 +333,38 @@ def test_every_kind_of_layer_can_have_weights_of_four_bits(layer, shape, count, 
     assert result.max_abs_error <= 1e-5
 
 
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_tables_of_embeddings_are_stored_as_integers(weights, tmp_path):
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Flatten()(layers.Embedding(20, 4, name="table")(inputs))
+    q = ks.quantize_aware(
+        keras.Model(inputs, layers.Dense(3, name="logits")(x)), {"table": weights, "logits": "int4"}, None
+    )
+    words = np.random.default_rng(0).integers(20, size=(16, 6)).astype("int32")
+    result = ks.export(q, tmp_path / "model.tflite", precision="int4", calibration_data=words)
+    assert result.max_abs_error < 1e-5
+    expected = q.get_layer("quantized_table").to_integers()["embeddings"][0]
+    if weights == "int4":
+        stored = [nibbles(shape, data) for shape, data in tensors(result.path, "INT4")]
+    else:
+        stored = [data.view("int8").reshape(shape) for shape, data in tensors(result.path, "INT8")]
+    assert any(np.array_equal(array, expected) for array in stored)
+
+
+@pytest.mark.parametrize("layer", [lambda: layers.Dense(300), lambda: layers.Conv2D(300, 3)])
+def test_weights_of_eight_bits_with_activations_in_float(layer, tmp_path):
+    inputs = keras.Input((5, 5, 40))
+    q = ks.quantize_aware(keras.Model(inputs, layer()(inputs)), "int8", None)
+    x = np.random.default_rng(0).normal(size=(16, 5, 5, 40)).astype("float32")
+    result = ks.export(q, tmp_path / "model.tflite", calibration_data=x)
+    whole = ks.export(q, tmp_path / "whole.tflite", precision="float32", calibration_data=x)
+    assert result.num_bytes < 0.45 * whole.num_bytes
+    np.testing.assert_allclose(run(result.path, x), outputs(q, x), atol=1e-4)
+    expected = as_rows(wrappers(q)[0].to_integers()["kernel"][0])
+    ((_, data),) = tensors(result.path, "INT8")
+    assert equal_up_to_sign(data.view("int8").reshape(len(expected), -1), expected)
+
+
 # sparse
 
 
@@ -424,6 +457,16 @@ def test_only_what_is_rounded_can_be_an_integer(tmp_path):
         ks.export(dense(8), tmp_path / "model.tflite", integer_io=True)
 
 
+def test_an_output_that_is_given_twice(tmp_path):
+    inputs = keras.Input((6,))
+    x = layers.Dense(3, name="logits")(inputs)
+    data = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+    options = {"precision": "int8", "calibration_data": data, "integer_io": True}
+    result = ks.export(keras.Model(inputs, [x, x]), tmp_path / "model.tflite", **options)
+    assert interpreter(result.path).get_signature_runner().get_output_details().keys() == {"logits", "logits_1"}
+    assert result.max_abs_error < 0.1
+
+
 def test_an_end_in_float(tmp_path):
     q = ks.quantize_aware(networks.residual_convnet(), layers="outer|hidden|logits")
     calibrate(q, images())
@@ -441,7 +484,7 @@ def masked(q, gamma_only=False):
     stem, norm = q.get_layer("quantized_stem").layer, q.get_layer("norm_1")
     one = np.arange(16) != 3
     norm.gamma.assign(norm.gamma * one)
-    norm.moving_mean.assign(np.linspace(-0.1, 0.1, 16))
+    norm.moving_mean.assign(np.where(one, 0.05, -5))
     norm.beta.assign(np.linspace(-1, 1, 16))
     if not gamma_only:
         stem.kernel.assign(stem.kernel * one)
@@ -481,15 +524,16 @@ def test_a_gamma_of_zero_on_a_grid_without_zero(tmp_path):
         ks.export(q, tmp_path / "model.tflite", calibration_data=images())
 
 
-def test_weights_that_are_all_zero(tmp_path):
-    """Their scale is next to zero, and a bias in its multiples would not fit."""
-    q = ks.quantize_aware(networks.residual_convnet())
+@pytest.mark.parametrize("weights", ["int8", "ternary"])
+def test_weights_that_are_all_zero(weights, tmp_path):
+    """Their scale may be next to zero, and a bias in its multiples would not fit."""
+    q = ks.quantize_aware(networks.residual_convnet(), {"stem|inner|outer|hidden|logits": weights})
     inner = q.get_layer("quantized_inner").layer  # its batch normalization has no gamma
     inner.kernel.assign(inner.kernel * (np.arange(32) != 3))
-    q.get_layer("norm_2").beta.assign(np.linspace(0, 1, 32))
+    q.get_layer("norm_2").beta.assign(np.where(np.arange(32) == 3, 3, 0))
     hidden = q.get_layer("quantized_hidden").layer
     hidden.kernel.assign(hidden.kernel * (np.arange(32) != 5))
-    hidden.bias.assign(np.linspace(-1, 1, 32))
+    hidden.bias.assign(np.where(np.arange(32) == 5, 5, 0))
     calibrate(q, images())
     result = ks.export(q, tmp_path / "model.tflite", calibration_data=images())
     assert result.float_ops == []

@@ -134,6 +134,15 @@ def test_recurrent_layers(layer, precision, tmp_path):
     np.testing.assert_allclose(run(result.path, x), expected, atol=1e-5 if precision == "float32" else 5e-3)
 
 
+def test_recurrent_layers_need_a_fixed_batch(tmp_path):
+    inputs = keras.Input((7, 3))
+    model = keras.Model(inputs, layers.LSTM(4)(inputs))
+    with pytest.raises(ValueError, match=r"converter cannot take model.*fixed number of examples: pass batch_size=1"):
+        ks.export(model, tmp_path / "model.tflite", batch_size=None)
+    result = ks.export(model, tmp_path / "model.tflite", batch_size=5)
+    assert result.max_abs_error < 1e-5
+
+
 def test_quantized_recurrent_weights(tmp_path):
     inputs = keras.Input((7, 3))
     q = ks.quantize_aware(keras.Model(inputs, layers.Dense(2)(layers.LSTM(8)(inputs))), "int4", None)

@@ -14,7 +14,9 @@ from keras_squeeze.quantization.placement import only_reader
 from keras_squeeze.quantization.wrapper import QuantizeAware
 from keras_squeeze.selection import read, require_tensorflow
 
-_INPUT, _OUTPUT = "input_{}", "Identity"  # what tensors are called until they get the names of the model's
+_INPUT = "input_{}"  # what an input is called until it gets the name of the model's
+_FIXED = "Recurrent layers need a fixed number of examples: pass batch_size=1."
+_WHOLE = 'If it computes in half precision, build it with the dtype policy "float32" and load its weights.'
 
 
 def convert(model: keras.Model, *, batch_size: int | None = 1) -> bytes:
@@ -89,10 +91,10 @@ def convert_traced(model: keras.Model, function, *, precision: str = "float32", 
         except Exception as problem:
             if type(problem).__name__ != "ConverterError":
                 raise
-            reason = str(problem).strip().splitlines()[0][:300]
+            reason = str(problem).strip().splitlines()[0].rsplit("error: ", 1)[-1][:300]
+            is_open = any(tensor.shape.rank and tensor.shape[0] is None for tensor in function.inputs)
             raise ValueError(
-                f"The converter cannot take model '{model.name}': {reason} If it computes in half precision, build it "
-                'with the dtype policy "float32" and load its weights.'
+                f"The converter cannot take model '{model.name}': {reason}. {_FIXED if is_open else _WHOLE}"
             ) from None
     return edit(content, inputs=input_names(model), outputs=output_names(model), **edits)
 

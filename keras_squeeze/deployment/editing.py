@@ -124,17 +124,19 @@ def _take_integers(model, graph, names: list[str]) -> None:
 
 def _give_integers(model, graph, names: list[str]) -> None:
     """Drops the operations that turn the outputs into floats."""
+    makers = {
+        int(operator.outputs[0]): operator for operator in graph.operators if _kind(model, operator) == "DEQUANTIZE"
+    }
+    floats = [place for place in graph.outputs if _is_float(graph.tensors[place])]
     for end, place in enumerate(graph.outputs):
-        if not _is_float(graph.tensors[place]):
-            continue
-        makers = [operator for operator in graph.operators if place in operator.outputs]
-        if not makers or _kind(model, makers[0]) != "DEQUANTIZE":
+        if place in floats and place not in makers:
             raise ValueError(
                 f"Output '{names[end]}' is computed in float, so that it cannot be an integer. Pass integer_io=False."
             )
-        graph.outputs[end] = int(makers[0].inputs[0])
+        graph.outputs[end] = int(makers[place].inputs[0]) if place in floats else place
+    for place in set(floats):
         if not any(place in operator.inputs for operator in graph.operators):
-            graph.operators.remove(makers[0])
+            graph.operators.remove(makers[place])
 
 
 def _store_in_four_bits(model) -> None:
@@ -251,6 +253,9 @@ def _as_stored(values: np.ndarray, integers: np.ndarray, channel_axes) -> tuple[
     The file has the weight's axes in another order, and batch normalization multiplied into every channel: a channel is
     known by its sorted magnitudes, up to a factor.
     """
+    if not channel_axes:  # one scale for all
+        match = _as_stored(values[..., np.newaxis], integers[..., np.newaxis], (-1,))
+        return None if match is None else (match[0][..., 0], match[1], 0)
     axes = [axis % integers.ndim for axis in channel_axes]
     last = [axis for axis in range(integers.ndim) if axis not in axes] + sorted(axes)
     channels = int(np.prod([integers.shape[axis] for axis in axes]))

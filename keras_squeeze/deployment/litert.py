@@ -96,14 +96,16 @@ def export(
             `"float32"`: weights and activations in float; weights of a model with quantizers are on their grids.
             `"float16"`: the same with weights stored in float16, at half the bytes; it computes in float32.
             `"int8"`: of a model with quantizers the very integers that it was trained with; of another one, quantized
-            after training with the ranges that it has on `calibration_data`.
+            after training with the ranges that it has on `calibration_data`. Where the activations have no quantizers,
+            the weights are stored as integers and turned into floats at each inference.
             `"int4"`: weights that were trained on a grid of at most 4 bits (`"int4"`, `LearnedStep(4)`, `"ternary"`,
             ...) are stored in 4 bits, as the very integers. Where the activations have 8 bits, it computes in integers
             like `"int8"`: dense layers and convolutions, of which those with a window larger than one are slower in
             LiteRT than in int8. It has no such kernel for others, or none that is fast: they keep 8 bits, and `notes`
-            names them. Where the activations have no quantizers, or such as no kernel takes, all weights are stored as
-            integers, and turned into floats at each inference, which takes longer than one of a float32 file. A model
-            without quantizers is quantized after training, with `calibration_data` its activations as well.
+            names them. Where the activations have no quantizers, or such as no kernel takes, the weights of all layers
+            are stored as integers and turned into floats at each inference, which takes longer than one of a float32
+            file. A model without quantizers is quantized after training, with `calibration_data` its activations as
+            well.
         calibration_data: Inputs: an array (for several inputs a list or a dict of arrays), `(x, y)`, or a
             `tf.data.Dataset` of batches. A model with quantizers that has seen no data is calibrated with it. The
             comparison uses the first of them; without, random numbers within the range of the inputs.
@@ -114,7 +116,8 @@ def export(
             LiteRT fills the zeros in again when it loads the file; other runtimes may not.
         integer_io: Whether integers of 8 bits go in and come out, with the scales that
             `interpreter.get_input_details()` and `get_output_details()` tell, where the file computes in integers.
-        batch_size: Examples at a time. None: any number, by `interpreter.resize_tensor_input`.
+        batch_size: Examples at a time. None: any number, by `interpreter.resize_tensor_input`; not for recurrent
+            layers, whose loops the converter writes for a fixed number only.
 
     Returns:
         An `ExportResult`; print it.
