@@ -174,6 +174,7 @@ def main() -> None:
     console.print(text, soft_wrap=True, markup=False)
     if args.write:
         tables.write("int8_files", text)
+        tables.write("int8", "\n\n".join((*parts[:2], note)), tables.FRONT_PAGE)
 
 
 if __name__ == "__main__":
