@@ -149,6 +149,8 @@ def _add_export(commands) -> None:
     parser.add_argument(
         "--calibration-data", metavar="FILE", help="inputs, for the ranges of activations: .npy, or .npz with x"
     )
+    parser.add_argument("--integer-io", action="store_true", help="let integers of 8 bits go in and come out")
+    parser.add_argument("--any-batch", action="store_true", help="leave the number of examples at a time open")
     parser.add_argument("--allow-float", action="store_true", help="let quantized layers compute in float if they must")
 
 
@@ -160,6 +162,7 @@ def _export(options) -> tuple[Any, dict]:
     inputs = None if options.calibration_data is None else load_examples(options.calibration_data)[0]
     model = _load(options)
     how = {"precision": options.precision, "calibration_data": inputs, "allow_float": options.allow_float}
+    how |= {"integer_io": options.integer_io, "batch_size": None if options.any_batch else 1}
     with _working("exporting"):
         result = export(model, options.output, **how)
     return result, {**dataclasses.asdict(result), "path": str(result.path)}

@@ -44,7 +44,7 @@ class Grid:
 
 
 def find_grid(values: np.ndarray) -> Grid | None:
-    """The grid of 1 to 8 bits that float values are on, one for all or one for each entry of an axis; else None.
+    """The grid of 1 to 16 bits that float values are on, one for all or one for each entry of an axis; else None.
 
     That is how a model whose wrappers are off still shows its bits. Values count as on a grid where every one of them
     is a whole number of steps, to a ten-thousandth of a step.
@@ -66,7 +66,16 @@ def find_grid(values: np.ndarray) -> Grid | None:
             bits = max(bits, found)
         else:
             return Grid(bits, values, len(channels))
-    return None
+    return _fine_grid(values)
+
+
+def _fine_grid(values: np.ndarray) -> Grid | None:
+    """The grid of 9 to 16 bits that float32 values are on."""
+    found = find_integers(values) if values.dtype == np.float32 else None
+    if found is None:
+        return None
+    integers, scales, _ = found
+    return Grid(int(np.abs(integers).max()).bit_length() + 1, values, scales.size)
 
 
 def _bits(channel: np.ndarray) -> int | None:

@@ -47,8 +47,9 @@ class LayerReport:
             are trained on a grid: the lower, the more the layer suffers. None where nothing is lost or the real weights
             are gone.
         energy_pj: Picojoules of one inference, an estimate (see `keras_squeeze.energy`): the multiply-accumulates whose
-            weight is not zero, at the bits of weights and activations, and reading every weight that is not zero once
-            from DRAM. Activations in memory are left out. None where the MACs are unknown.
+            weight is not zero, at the bits of weights and activations, and reading every weight once from DRAM, zeros
+            left out where a bit mask pays. Activations in memory are left out, and tables that are only looked up in.
+            That is hardware which skips zeros. None where the MACs are unknown.
     """
 
     path: str
@@ -218,7 +219,7 @@ def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
     found = find_layers(model)
     members = list(_members(model))
     count = count_macs(model, [(path, layer) for path, layer, _ in members], input_shape)
-    grids, activation_bits = _grids(model), _activation_bits(model)
+    grids, activation_bits = grids_of(model), _activation_bits(model)
     kernels_found = {id(weight) for _, layer, _ in members for _, weight in _kernels(layer)}
     stored = {
         id(weight): _Stored.measured(weight, grids.get(id(weight)), id(weight) in kernels_found)
@@ -306,6 +307,11 @@ class _Stored:
     def density(self) -> float:
         return self.nonzeros / self.size if self.size else 1.0
 
+    @property
+    def read_bytes(self) -> float:
+        """What is read of it for an inference: all of it, or a bit mask and what is not zero."""
+        return min(self.size * self.bits, self.size + self.nonzeros * self.bits) / 8
+
     def mac_pj(self, activation_bits: int | None) -> float:
         """Energy of a product with one of these weights."""
         if self.levels is None:
@@ -334,7 +340,8 @@ def _activation_bits(model) -> int | None:
     return max((bits for bits in found if bits), default=None)
 
 
-def _grids(model) -> dict[int, Grid]:
+def grids_of(model) -> dict[int, Grid]:
+    """The grids of the weights that a model's wrappers quantize, by the identity of the variable."""
     found: dict[int, Grid] = {}
     for layer in model._flatten_layers():
         for layer_class, grids in _GRIDS.items():
@@ -368,7 +375,8 @@ def _layer_report(
 
 
 def _energy(new: list[_Stored], kernels: dict[str, _Stored], macs: dict[str, float], activation_bits) -> float:
-    read_once = dram_pj(sum(weight.nonzeros * weight.bits / 8 for weight in new))
+    looked_up = {kernels[name] for name, number in macs.items() if name in kernels and not number}
+    read_once = dram_pj(sum(weight.read_bytes for weight in new if weight not in looked_up))
     without_weight = mac_pj(activation_bits, activation_bits)
     return read_once + sum(
         number * (kernels[name].density * kernels[name].mac_pj(activation_bits) if name in kernels else without_weight)

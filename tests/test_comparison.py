@@ -377,6 +377,14 @@ def test_examples_in_files(tmp_path):
             load_examples(tmp_path / name)
 
 
+def test_a_metric_that_does_not_fit(trained, digits):
+    x, y = digits[0][:20], digits[1][:20]
+    with pytest.raises(
+        ValueError, match=r"mae.* cannot be computed.*Received.*\(20,\) and outputs of shape \(20, 10\)"
+    ):
+        ks.compare({"model": trained["narrow"]}, data=(x, y), metric="mae", runs=1)
+
+
 def test_packed_files(trained, digits, tmp_path):
     x, y = digits[0][:50], digits[1][:50]
     size = ks.save_packed(trained["narrow"], tmp_path / "narrow.packed")

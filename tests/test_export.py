@@ -314,3 +314,21 @@ def test_what_is_left_out_may_compute_in_float(tmp_path):
     result = ks.export(q, tmp_path / "model.tflite", calibration_data=x)
     assert any(name.startswith("CONV_2D") for name in result.float_ops)
     assert result.other_integers == []
+
+
+def test_ranges_cover_the_calibration_data(tmp_path):
+    """Also what comes in a later batch only."""
+    rng = np.random.default_rng(0)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(16, activation="relu"), layers.Dense(1)])
+    x = np.concatenate([rng.normal(size=(320, 4)), 20 * rng.normal(size=(32, 4))]).astype("float32")
+    path = tmp_path / "model.tflite"
+    ks.export(model, path, precision="int8", calibration_data=x)
+    expected = model.predict(x, verbose=0)
+    (actual,) = predict_file(path, [x])
+    assert np.abs(actual - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_calibration_data_of_another_shape(tmp_path):
+    model = keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(2)])
+    with pytest.raises(ValueError, match=r"does not fit.*\(8, 8, 1\).*Received: \(8, 8\)"):
+        ks.export(model, tmp_path / "model.tflite", calibration_data=np.zeros((5, 8, 8), "float32"))

@@ -98,7 +98,20 @@ def pruned():
     return model
 
 
+def compiled_inside():
+    inner = keras.Sequential([keras.Input((8, 8, 1)), layers.Conv2D(4, 3), layers.Flatten()])
+    inner.compile("adam", "mse")
+    inputs = keras.Input((8, 8, 1))
+    return keras.Model(inputs, layers.Dense(2)(inner(inputs)))
+
+
+def stateful():
+    return keras.Sequential([keras.Input(batch_shape=(4, 5, 3)), layers.LSTM(6, stateful=True), layers.Dense(2)])
+
+
 MODELS = {
+    "compiled inside": (compiled_inside, images),
+    "stateful": (stateful, lambda: RNG.normal(size=(4, 5, 3)).astype("float32")),
     "convnet": (convnet, images),
     "pruned": (pruned, images),
     "shrunk": (lambda: ks.shrink(_without_neurons()), images),

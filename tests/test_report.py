@@ -176,17 +176,34 @@ def test_energy_of_a_layer_by_hand():
     assert ks.summarize(model).total.energy_pj == pytest.approx(60 * (4.6 + 640))
     kernel[::3] = 0
     model.layers[0].set_weights([kernel])
-    assert ks.summarize(model).total.energy_pj == pytest.approx(40 * (4.6 + 640))
+    assert ks.summarize(model).total.energy_pj == pytest.approx(40 * 4.6 + _read(32))
 
     whole = ks.quantize_aware(model, activations="int8")
-    assert ks.summarize(whole).total.energy_pj == pytest.approx(40 * (0.3 + 640 / 4), rel=1e-3)
+    assert ks.summarize(whole).total.energy_pj == pytest.approx(40 * 0.3 + _read(8), rel=1e-3)
     only_weights = ks.quantize_aware(model, activations=None)
-    assert ks.summarize(only_weights).total.energy_pj == pytest.approx(40 * (4.6 + 640 / 4))
+    assert ks.summarize(only_weights).total.energy_pj == pytest.approx(40 * 4.6 + _read(8))
     for kind in ("keep", "drop"):
         plain = ks.finalize(_seen(whole), activations=kind)
         joined = 0.3 if kind == "keep" else 4.6
-        assert ks.summarize(plain).total.energy_pj == pytest.approx(40 * (joined + 640 / 4), rel=1e-3)
-    assert "energy of one inference, an estimate: 25.8 nJ" in str(ks.summarize(model))
+        assert ks.summarize(plain).total.energy_pj == pytest.approx(40 * joined + _read(8), rel=1e-3)
+    assert f"energy of one inference, an estimate: {(40 * 4.6 + _read(32)) / 1000:.3g} nJ" in str(ks.summarize(model))
+
+
+def _read(bits) -> float:
+    """Reading 40 of 60 weights, and a bit for each that says which, from DRAM."""
+    return 640 / 32 * (40 * bits + 60)
+
+
+def test_a_table_that_is_looked_up_in_is_not_read_whole():
+    model = keras.Sequential([keras.Input((6,)), layers.Embedding(1000, 8), layers.GlobalAveragePooling1D()])
+    assert ks.summarize(model).total.energy_pj == 0
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_fine_grids_are_found_without_wrappers(bits):
+    model = keras.Sequential([keras.Input((30,)), layers.Dense(20)])
+    q = ks.quantize_aware(model, f"int{bits}", activations=None)
+    assert ks.summarize(ks.finalize(q)).layers[0].bits == ks.summarize(q).layers[0].bits == bits
 
 
 def _seen(model):

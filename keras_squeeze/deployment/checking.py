@@ -1,5 +1,7 @@
 """What a file is checked against: sample inputs, what the model gives for them, and how far apart two answers are."""
 
+import itertools
+
 import keras
 import numpy as np
 
@@ -7,16 +9,28 @@ from keras_squeeze.criteria import batches
 from keras_squeeze.quantization.conversion import inputs_only
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 
-_SAMPLES = 16
+_SAMPLES = 64
+_CHUNK = 16
 _TINY = 1e-6
 _FEW = 0.1
 
 
 def sample_inputs(model, data) -> list[np.ndarray]:
-    """A few examples for each input of the model."""
+    """A few examples for each input of the model.
+
+    Raises:
+        ValueError: `data` does not fit the model's inputs.
+    """
     if data is not None:
-        x = next(iter(batches(inputs_only(model, data), 1)))[0]
-        return [keras.ops.convert_to_numpy(part)[:_SAMPLES] for part in keras.tree.flatten(x)]
+        found = [keras.tree.flatten(x) for x, _, _ in itertools.islice(batches(inputs_only(model, data), None), 2)]
+        samples = [np.concatenate(parts)[:_SAMPLES] for parts in zip(*found, strict=True)]
+        shapes, given = ([tuple(x.shape[1:]) for x in each] for each in (model.inputs, samples))
+        if [len(shape) for shape in shapes] != [len(shape) for shape in given]:
+            raise ValueError(
+                f"`calibration_data` does not fit the inputs of model '{model.name}': expected examples of shape "
+                f"{', '.join(map(str, shapes))}. Received: {', '.join(map(str, given))}"
+            )
+        return samples
     rng = np.random.default_rng(0)
     return [_random(model, tensor, rng) for tensor in model.inputs]
 
@@ -24,8 +38,12 @@ def sample_inputs(model, data) -> list[np.ndarray]:
 def outputs_of(model, samples) -> list[np.ndarray]:
     """What a model gives for a list of arrays, one for each input."""
     structure = getattr(model, "_inputs_struct", None)
-    batch = keras.tree.pack_sequence_as(structure, samples) if structure is not None else samples[0]
-    return [keras.ops.convert_to_numpy(part) for part in keras.tree.flatten(model(batch, training=False))]
+    outputs = []
+    for start in range(0, len(samples[0]), _CHUNK):
+        chunk = [sample[start : start + _CHUNK] for sample in samples]
+        batch = keras.tree.pack_sequence_as(structure, chunk) if structure is not None else chunk[0]
+        outputs.append([keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(model(batch, training=False))])
+    return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
 
 
 def largest_difference(expected: list[np.ndarray], actual: list[np.ndarray]) -> float:
@@ -49,7 +67,7 @@ def disagree(expected: list[np.ndarray], actual: list[np.ndarray], tolerance: fl
 
 
 def _random(model, tensor, rng) -> np.ndarray:
-    shape = (_SAMPLES, *tensor.shape[1:])
+    shape = (_CHUNK, *tensor.shape[1:])
     readers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.Embedding)]
     if not keras.backend.is_float_dtype(tensor.dtype) or readers:
         vocabulary = min((layer.input_dim for layer in readers), default=2)

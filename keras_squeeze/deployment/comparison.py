@@ -186,6 +186,7 @@ class Comparison:
             f"latency: in LiteRT, {threads}, a batch of one; median of {self.rows[0].latency.runs} inferences of each, "
             "in turn; ratio: to the first row",
             "size: of the file that ships; of a model, the .tflite that it becomes",
+            "energy: of one inference, an estimate, on hardware that skips zeros",
         ]
         judged = f"{self.metric}: of what LiteRT computes for {self.examples:,} examples"
         return lines if self.metric is None else [*lines, judged]

@@ -40,7 +40,10 @@ def trace(model: keras.Model, *, integers: bool = False, batch_size: int | None 
     require_tensorflow()
     inputs = getattr(model, "inputs", None)
     if not inputs:
-        raise ValueError(f"Model '{model.name}' has no inputs of a known shape: build it with `keras.Input(shape)`.")
+        raise ValueError(
+            f"Model '{model.name}' has no inputs of a known shape: build it with `keras.Input(shape)`; a subclassed "
+            "one as `inputs = keras.Input(shape); keras.Model(inputs, model(inputs))`."
+        )
     for tensor in inputs:
         if None in tensor.shape[1:]:
             raise ValueError(

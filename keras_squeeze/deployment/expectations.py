@@ -11,6 +11,7 @@ from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
 from keras_squeeze.pruning.neurons import Neurons, Savings
 from keras_squeeze.quantization.placement import LOW_BITS, find_ends
 from keras_squeeze.quantization.quantizers import Affine, Quantizer
+from keras_squeeze.report import grids_of
 from keras_squeeze.selection import CompressibleLayer, CompressibleWeight, Selection, read
 
 MULTIPLE = 8
@@ -34,12 +35,14 @@ def saved_bytes(model, found: Selection, sparsity: float, quantizer: Quantizer |
         sparsity: Fraction of zeros of every weight; on a grid without zero there are none.
         quantizer: None: weights stay in float.
     """
-    ends = _ends(model, found, quantizer)
+    ends, grids = _ends(model, found, quantizer), grids_of(model)
     saved = 0
     for entry in found.layers:
         chosen = Affine(8) if id(unit_of(entry)) in ends else quantizer
         for weight in entry.weights:
-            saved += encode(read(weight.variable)).num_bytes - _weight_bytes(weight, sparsity, chosen)
+            grid = grids.get(id(weight.variable))
+            now = read(weight.variable) if grid is None else grid.values
+            saved += encode(now).num_bytes - _weight_bytes(weight, sparsity, chosen)
     return saved
 
 

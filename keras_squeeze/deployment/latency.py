@@ -152,7 +152,10 @@ def _invoker(path: pathlib.Path, num_threads: int) -> Callable[[], None]:
         interpreter = Interpreter(str(path), num_threads=num_threads)
         interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no model that LiteRT can run: {error}") from None
+        raise ValueError(
+            f"{path} is no model that LiteRT can run: {error} Pass a .tflite file, or a `keras.Model`; "
+            "keras_squeeze.compare reads other files as well."
+        ) from None
     rng = np.random.default_rng(0)
     for detail in interpreter.get_input_details():
         shape, dtype = detail["shape"], detail["dtype"]

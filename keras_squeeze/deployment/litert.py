@@ -108,7 +108,8 @@ def export(
             well.
         calibration_data: Inputs: an array (for several inputs a list or a dict of arrays), `(x, y)`, or a
             `tf.data.Dataset` of batches. A model with quantizers that has seen no data is calibrated with it. The
-            comparison uses the first of them; without, random numbers within the range of the inputs.
+            comparison uses its first examples, 64 at most; without data, 16 of random numbers within the range of the
+            inputs.
         allow_float: Whether quantized layers may compute in float, or with other integers than they were trained with,
             where the converter has no integer kernel for them.
         sparse: Whether weights are stored without their zeros. None: in float32 and float16, where that makes the file
@@ -135,7 +136,7 @@ def export(
     """
     require_tensorflow()
     path = pathlib.Path(path)
-    _check(model, path, precision, batch_size)
+    _check(model, path, precision, batch_size, sparse)
     plan = _plan(model, precision, calibration_data)
     if integer_io and not plan.integers:
         raise ValueError(
@@ -354,7 +355,7 @@ def _check_ready(model) -> None:
                 )
 
 
-def _check(model, path: pathlib.Path, precision, batch_size) -> None:
+def _check(model, path: pathlib.Path, precision, batch_size, sparse) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a `keras.Model`. Received: {model!r} of type {type(model).__name__}")
     if path.suffix != ".tflite":
@@ -366,5 +367,7 @@ def _check(model, path: pathlib.Path, precision, batch_size) -> None:
     if precision is not None and precision not in PRECISIONS:
         known = ", ".join(map(repr, PRECISIONS))
         raise ValueError(f"`precision` must be None or one of {known}. Received: precision={precision!r}")
+    if sparse is not None and not isinstance(sparse, bool):
+        raise TypeError(f"`sparse` must be None or a bool. Received: sparse={sparse!r}")
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"`batch_size` must be None or an int, at least 1. Received: batch_size={batch_size!r}")

@@ -1,6 +1,7 @@
 """Models and examples from files, with errors that say what is wrong with the file."""
 
 import pathlib
+import zipfile
 
 import keras
 import numpy as np
@@ -33,6 +34,8 @@ def load_model(path, *, safe_mode: bool = True) -> keras.Model:
         raise ValueError(f"A .tflite file is finished and does not become a Keras model again. Received: {path}")
     if path.suffix != ".keras":
         return _packed(path, safe_mode)
+    if not zipfile.is_zipfile(path):  # Keras says of such a file that it is not there
+        raise ValueError(f"{path} is no model that Keras can load: no .keras file, or cut off.")
     try:
         return keras.models.load_model(path, compile=False, safe_mode=safe_mode)
     except Exception as error:  # of whatever kind, the file is why

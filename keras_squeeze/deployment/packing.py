@@ -111,8 +111,7 @@ def _check(model, path: pathlib.Path) -> None:
 def _config(model) -> str:
     """The model's configuration as JSON, tried out: a file whose model cannot be rebuilt is of no use."""
     try:
-        config = keras.saving.serialize_keras_object(model)
-        config.pop("compile_config", None)
+        config = _stripped(keras.saving.serialize_keras_object(model), "compile_config")
         text = json.dumps(config, separators=(",", ":"))
         again = _rebuilt(text, None, safe_mode=False, max_bytes=None, allocate=False)
     except Exception as problem:  # whatever a layer of the user's raises
@@ -134,14 +133,17 @@ def _config(model) -> str:
 def _rebuilt(config: str, custom_objects, safe_mode: bool, max_bytes: int | None, allocate: bool = True) -> keras.Model:
     """The model of a configuration, with new weights; without `allocate` with shapes only."""
     try:
+        parsed = _parsed(config)
         with keras.StatelessScope(initialize_variables=False):  # variables get their memory later
-            model = _deserialized(config, custom_objects, safe_mode)
+            model = _deserialized(_stripped(parsed, "stateful"), custom_objects, safe_mode)
         needed = sum(math.prod(v.shape) * size_of(v.dtype) for v in model.variables)
         if max_bytes is not None and needed > max_bytes:
             raise ValueError(
                 f"its weights take {needed:,} bytes, more than max_bytes={max_bytes:,}. If you trust it, pass a larger "
                 "number."
             )
+        if allocate and '"stateful": true' in json.dumps(parsed):  # such states cannot be made in the scope
+            return _deserialized(parsed, custom_objects, safe_mode)
         if allocate:
             initialize_all_variables()
         return model
@@ -149,11 +151,23 @@ def _rebuilt(config: str, custom_objects, safe_mode: bool, max_bytes: int | None
         global_state.set_global_attribute("uninitialized_variables", [])
 
 
-def _deserialized(config: str, custom_objects, safe_mode: bool) -> keras.Model:
+def _parsed(config: str):
     try:
-        model = keras.saving.deserialize_keras_object(
-            json.loads(config), custom_objects=custom_objects, safe_mode=safe_mode
-        )
+        return _stripped(json.loads(config), "compile_config")
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"its model's configuration is not understood ({first_line(problem)})") from None
+
+
+def _stripped(config, name: str):
+    """A configuration without the entries of a name, wherever they stand."""
+    if isinstance(config, dict):
+        return {key: _stripped(value, name) for key, value in config.items() if key != name}
+    return [_stripped(value, name) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def _deserialized(config, custom_objects, safe_mode: bool) -> keras.Model:
+    try:
+        model = keras.saving.deserialize_keras_object(config, custom_objects=custom_objects, safe_mode=safe_mode)
     except Exception as problem:  # Keras raises whatever a strange config leads to
         raise ValueError(f"Keras cannot rebuild the model. {first_line(problem)}") from None
     if not isinstance(model, keras.Model):

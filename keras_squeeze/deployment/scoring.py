@@ -127,15 +127,29 @@ def _accuracy_or_error(y_true, y_pred) -> tuple[str, float]:
 
 
 def _by_metric(metric: keras.metrics.Metric, y_true, y_pred) -> tuple[str, float]:
-    metric.reset_state()
-    metric.update_state(y_true, y_pred)
-    return str(metric.name), _number(str(metric.name), metric.result())
+    def call(y_true, y_pred):
+        metric.reset_state()
+        metric.update_state(y_true, y_pred)
+        return metric.result()
+
+    return str(metric.name), _number(str(metric.name), _called(call, str(metric.name), y_true, y_pred))
 
 
 def _by_function(function, y_true, y_pred) -> tuple[str, float]:
     name = str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
     name = "metric" if name == "<lambda>" else name
-    return name, _number(name, function(y_true, y_pred))
+    return name, _number(name, _called(function, name, y_true, y_pred))
+
+
+def _called(function, name: str, y_true, y_pred):
+    try:
+        return function(y_true, y_pred)
+    except Exception as problem:  # TensorFlow's own, of shapes that do not fit, among them
+        shapes = " and ".join(str(getattr(part, "shape", type(part).__name__)) for part in (y_true, y_pred))
+        raise ValueError(
+            f"The metric {name} cannot be computed: {' '.join(str(problem).split())[:200]}. Received: targets and "
+            f"outputs of shape {shapes}"
+        ) from None
 
 
 def _number(name: str, value) -> float:

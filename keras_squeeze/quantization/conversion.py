@@ -180,6 +180,8 @@ def finalize(model: keras.Model, *, activations: str = "keep") -> keras.Model:
 def calibrate(model: keras.Model, data, *, num_batches: int | None = None) -> None:
     """Measures the ranges of activations on data, without training: quantization after training.
 
+    A range covers what it is in every batch; with `range="percentile"` or `"mse"` that of the widest batch.
+
     Args:
         model: What `quantize_aware` returned.
         data: Inputs: an array (for several inputs a list or a dict of arrays), `(x, y)`, or a `tf.data.Dataset` of

@@ -180,7 +180,8 @@ class FakeQuantize(keras.layers.Layer):
             state = ops.cond(begun, lambda: ops.convert_to_tensor(self.range_state), lambda: self._measure(x))
         else:
             new = self._measure(x)
-            state = ops.where(begun, self.quantizer.updated(self.range_state, new), new)
+            following = self.quantizer.widened if self.observing else self.quantizer.updated
+            state = ops.where(begun, following(self.range_state, new), new)
         if learns:
             finite = ops.all(ops.isfinite(state))  # a batch of NaN must not destroy a range, nor begin it
             self.range_state.assign(ops.where(finite, state, self.range_state))

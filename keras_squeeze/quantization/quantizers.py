@@ -101,8 +101,12 @@ class Quantizer(ABC):
         return None
 
     def updated(self, state, new):
-        """The state after another batch."""
+        """The state after another batch of training."""
         return new
+
+    def widened(self, state, new):
+        """The state after another batch of calibration, which counts as much as those before it."""
+        return keras.ops.stack([keras.ops.minimum(state[0], new[0]), keras.ops.maximum(state[1], new[1])])
 
     def for_weights(self) -> "Quantizer":
         """This quantizer, what was left open chosen for weights."""
