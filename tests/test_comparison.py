@@ -379,9 +379,7 @@ def test_examples_in_files(tmp_path):
 
 def test_a_metric_that_does_not_fit(trained, digits):
     x, y = digits[0][:20], digits[1][:20]
-    with pytest.raises(
-        ValueError, match=r"mae.* cannot be computed.*Received.*\(20,\) and outputs of shape \(20, 10\)"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be computed.*Received.*\(20,\) and \(20, 10\)"):
         ks.compare({"model": trained["narrow"]}, data=(x, y), metric="mae", runs=1)
 
 

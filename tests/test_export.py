@@ -8,6 +8,7 @@ from keras import layers
 from tflite_files import integers_in, operations, run
 
 import keras_squeeze as ks
+from keras_squeeze.deployment.inspecting import predict_file
 from keras_squeeze.quantization.conversion import calibrate
 
 
@@ -244,11 +245,11 @@ def test_the_comparison_is_with_the_model_that_was_given(tmp_path):
     """An outlier in the data makes the grid of the inputs so coarse that answers change: that has to show."""
     inputs = keras.Input((8,))
     model = keras.Model(inputs, layers.Dense(2)(inputs))
-    x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
-    x[20] = 1000  # in the first batch, not among the samples that are compared
+    x = np.random.default_rng(0).normal(size=(256, 8)).astype("float32")
+    x[200] = 1000  # not among the samples that are compared
     result = ks.export(model, tmp_path / "model.tflite", precision="int8", calibration_data=x)
-    expected = keras.ops.convert_to_numpy(model(x[:16]))
-    assert result.max_abs_error == pytest.approx(np.abs(run(result.path, x[:16]) - expected).max(), rel=1e-4)
+    expected = keras.ops.convert_to_numpy(model(x[:64]))
+    assert result.max_abs_error == pytest.approx(np.abs(run(result.path, x[:64]) - expected).max(), rel=1e-4)
     assert result.max_abs_error > 0.1
 
 
