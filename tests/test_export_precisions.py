@@ -97,9 +97,12 @@ def test_binary_inputs_in_float(tmp_path):
     x = layers.BatchNormalization()(layers.Conv2D(16, 3, name="first")(inputs))
     model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(layers.Conv2D(16, 3, name="signs")(x))))
     q = ks.quantize_aware(model, {"signs": "xnor"})
-    for precision in ("float32", "float16"):
+    expected = outputs(q, images())
+    for precision in ("float32", "float16"):  # rounding may flip a sign here and there, which shows in an output
         result = ks.export(q, tmp_path / "model.tflite", precision=precision, calibration_data=images())
-        assert result.max_abs_error < 0.02 * np.ptp(outputs(q, images(16)))
+        differences = np.abs(run(result.path, images()) - expected)
+        assert np.median(differences) < 1e-3 * np.ptp(expected)
+        assert result.max_abs_error < 0.2 * np.ptp(expected)
 
 
 def test_weights_that_float16_does_not_hold_are_an_error(tmp_path):
