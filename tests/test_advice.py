@@ -453,6 +453,8 @@ def test_a_model_with_nothing_to_say(figures, recipe):
         ((mlp, {"sparsity": 80}), {}, ValueError, r"Received: sparsity=80.*pass 0\.8"),
         ((mlp, {"neurons": 1.0}), {}, ValueError, r"`neurons` must be in \[0, 1\)"),
         ((mlp, {"sparsity": 0.8, "pattern": "2:4"}), {}, ValueError, r"at most 0\.5.*Received: sparsity=0\.8"),
+        ((mlp, {"pattern": "2:4"}), {}, ValueError, "no zeros to lie in it.*Received: {'pattern': '2:4'}"),
+        ((mlp, {"pattern": (1, 4), "sparsity": 0.0}), {}, ValueError, "no zeros to lie in it"),
         ((mlp, {"sparsity": 0.5, "pattern": "blocks"}), {}, ValueError, "Received: 'blocks'"),
         ((mlp, {"weights": "int1"}), {}, ValueError, "num_bits=1"),
         ((mlp, {"weights": "tiny"}), {}, ValueError, "Received: 'tiny'"),

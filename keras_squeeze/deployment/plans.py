@@ -53,6 +53,11 @@ def read_recipe(recipe) -> Plan:
     neurons = schedules.check_sparsity("neurons", recipe.get("neurons", 0.0))
     pattern = recipe.get("pattern", "unstructured")
     check_reachable(sparsity, get_pattern(pattern))
+    if "pattern" in recipe and pattern != "unstructured" and not sparsity:
+        raise ValueError(
+            "`recipe` has a pattern and no zeros to lie in it. Add their fraction, such as \"sparsity\": 0.5. Received: "
+            f"{recipe!r}"
+        )
     weights = quantizers.get(recipe.get("weights"))
     if weights is None:
         if recipe.get("activations") is not None:
