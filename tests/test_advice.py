@@ -8,6 +8,7 @@ from keras import layers
 import keras_squeeze as ks
 from keras_squeeze.deployment import advice
 from keras_squeeze.deployment.advice import RULES, Ratio
+from keras_squeeze.deployment.plans import zeros_of
 from keras_squeeze.selection import find_layers
 
 
@@ -88,10 +89,18 @@ def pruned() -> keras.Model:
     return model
 
 
+def masked() -> keras.Model:
+    """Half of the neurons are zero, and none of the other weights."""
+    model = convnet(32)
+    ks.prune_neurons(model, 0.5)
+    return model
+
+
 # What only the sentence of this rule has.
 MARKS = {
     "zeros_without_a_place": "have no place",
     "no_integer_kernel": "no integer kernel",
+    "dead_neurons": "keras_squeeze.shrink",
     "weights_only": "(dynamic range)",
     "too_small": "too small",
     "scattered_zeros": "smaller, not faster",
@@ -139,10 +148,17 @@ SPOKEN = [
     ),
     (with_adapter, None, ["prospects", "what_stays"]),
     (pruned, None, ["scattered_zeros"]),
+    (masked, None, ["dead_neurons"]),
+    (masked, {"weights": "int8"}, ["dead_neurons", "static_int8"]),
+    (lambda: ks.quantize_aware(masked()), None, ["dead_neurons", "static_int8"]),
+    (lambda: ks.quantize_aware(pruned(), "int4"), None, ["scattered_zeros", "few_bits"]),
+    (lambda: ks.finalize(ks.quantize_aware(pruned(), "int4")), None, ["scattered_zeros", "few_bits"]),
     (lambda: ks.quantize_aware(convnet()), None, ["static_int8"]),
     (lambda: ks.quantize_aware(convnet(), activations=None), None, ["weights_only"]),
     (lambda: ks.quantize_aware(tiny()), None, ["too_small", "static_int8"]),
-    (lambda: ks.quantize_aware(mlp(), "ternary"), None, ["scattered_zeros", "few_bits"]),
+    (lambda: ks.quantize_aware(mlp(), "ternary"), None, ["few_bits"]),
+    (lambda: ks.quantize_aware(mlp(), "int4"), None, ["few_bits"]),
+    (lambda: ks.finalize(ks.quantize_aware(mlp(), "int4")), None, ["few_bits"]),
     (lambda: ks.finalize(ks.quantize_aware(mlp())), None, ["static_int8"]),
     (lambda: ks.finalize(ks.quantize_aware(mlp()), activations="drop"), None, ["weights_only"]),
 ]
@@ -238,7 +254,8 @@ EXPECTED = [
 def test_expected_bytes_are_those_of_the_compressed_model(make, recipe):
     model = make()
     plan = advice.read_recipe(recipe)
-    case = advice.Case(model, plan, True, "x86", ks.summarize(model), find_layers(model))
+    report, found = ks.summarize(model), find_layers(model)
+    case = advice.Case(model, plan, True, "x86", report, found, zeros_of(model, report, found))
     expected = case.expected_bytes(plan.sparsity, plan.weights)
     if "sparsity" in recipe:
         ks.prune_weights(model, recipe["sparsity"])
@@ -267,6 +284,21 @@ def test_half_of_the_neurons_of_a_deep_model_leave_a_quarter():
     macs = 64 * 32 + 18 * 32 * 32 + 32 * 64  # the ends lose one side only
     text = sentence(ks.advise(model, {"neurons": 0.5}), "evenly")
     assert f"{macs:,} of {20 * 64 * 64:,} MACs ({macs / (20 * 64 * 64):.0%})" in text
+
+
+def test_neurons_that_are_masked(figures):
+    before, after = ks.summarize(masked()).total, ks.summarize(ks.shrink(masked())).total
+    text = said("dead_neurons", masked)
+    assert f"leaves {after.macs:,} of {before.macs:,} MACs" in text
+    assert f"{after.parameters:,} of {before.parameters:,} parameters" in text
+    both = masked()
+    ks.prune_weights(both, 0.75)  # the zeros of the neurons among them
+    small = ks.summarize(ks.shrink(both)).total
+    findings = ks.advise(both)
+    assert f"{small.parameters:,} of" in sentence(findings, MARKS["dead_neurons"])
+    kernels, neurons = 9 * (3 * 16 + 16 * 32 + 32 * 32) + 32 * 10, 9 * (3 * 16 + 16 * 32 + 32 * 32) / 2
+    scattered = (0.75 * kernels - neurons) / (kernels - neurons)
+    assert sentence(findings, MARKS["scattered_zeros"]).startswith(f"{scattered:.0%} unstructured zeros")
 
 
 def test_neurons_that_cannot_go(figures):

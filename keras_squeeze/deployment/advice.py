@@ -20,7 +20,7 @@ from keras_squeeze.deployment.expectations import (
     width_of,
     without_neurons,
 )
-from keras_squeeze.deployment.plans import Plan, label, plan_of, read_recipe
+from keras_squeeze.deployment.plans import Plan, Zeros, label, plan_of, read_recipe, shrunk, wrappers_of, zeros_of
 from keras_squeeze.quantization.quantizers import Affine, Quantizer
 from keras_squeeze.report import CompressionReport, LayerReport, _human_bytes, summarize
 from keras_squeeze.selection import CompressibleLayer, Selection, find_layers
@@ -87,6 +87,7 @@ class Case:
         target: Where the model is to run.
         report: What the model holds and computes.
         found: Its compressible layers.
+        zeros: Its zeros.
     """
 
     model: keras.Model
@@ -95,10 +96,16 @@ class Case:
     target: str
     report: CompressionReport
     found: Selection
+    zeros: Zeros
 
     @cached_property
     def rows(self) -> dict[str, LayerReport]:
         return {row.path: row for row in self.report.layers}
+
+    @cached_property
+    def shrunk(self) -> tuple[int, int] | None:
+        """`(parameters, MACs)` without the neurons that are zero throughout; None where none can be taken out."""
+        return shrunk(self.model) if self.zeros.channels else None
 
     @cached_property
     def kind(self) -> str:
@@ -172,7 +179,9 @@ def advise(model: keras.Model, recipe=None, *, target: str = "x86") -> list[str]
     plan = read_recipe(recipe)
     found, report = find_layers(model), summarize(model)
     planned = not plan.is_empty and bool(found.layers)
-    case = Case(model, plan if planned else plan_of(model, report), planned, target, report, found)
+    zeros = zeros_of(model, report, found)
+    plan = plan if planned else plan_of(model, report, zeros.sparsity)
+    case = Case(model, plan, planned, target, report, found, zeros)
     findings = [finding for rule in RULES if (finding := rule(case)) is not None]
     return findings or [f"Model '{model.name}' has no weights: there is nothing in it to make smaller or faster."]
 
@@ -199,6 +208,22 @@ def no_integer_kernel(case: Case) -> str | None:
         "weights of at most 8 bits with activations of 8: such a model runs in float32, with "
         f"{_human_bytes(case.report.total.dense_bytes)} of weights and no faster. Packed, its weights take "
         f"{_packed(case)}."
+    )
+
+
+def dead_neurons(case: Case) -> str | None:
+    """Neurons that are zero throughout, and computed all the same."""
+    if case.shrunk is not None:
+        return (
+            "Whole neurons are zero, and still stored and computed: `keras_squeeze.shrink(model)` takes them out and "
+            f"leaves {_left(case, *case.shrunk)}."
+        )
+    if not case.zeros.channels or not wrappers_of(case.model):
+        return None
+    return (
+        f"{case.zeros.channels} channels are zero throughout, and still stored and computed: `keras_squeeze.shrink` "
+        "takes such neurons out before quantize_aware, not after it. Shrink the model that was quantized, and quantize "
+        "what is left."
     )
 
 
@@ -320,7 +345,7 @@ def odd_widths(case: Case) -> str | None:
 
 def prospects(case: Case) -> str | None:
     """What each technique would do to a model that nothing was done to yet."""
-    if not case.plan.is_empty or not case.found.layers:
+    if not case.plan.is_empty or not case.found.layers or case.shrunk is not None:
         return None
     before = _human_bytes(case.report.total.dense_bytes)
     eight, sparse = (_human_bytes(case.expected_bytes(*how)) for how in ((0.0, _INT8), (0.8, None)))
@@ -363,6 +388,7 @@ def what_stays(case: Case) -> str | None:
 RULES: tuple[Rule, ...] = (
     zeros_without_a_place,
     no_integer_kernel,
+    dead_neurons,
     weights_only,
     too_small,
     scattered_zeros,
