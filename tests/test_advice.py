@@ -89,6 +89,17 @@ def pruned() -> keras.Model:
     return model
 
 
+def recurrent() -> keras.Model:
+    rows = [layers.LSTM(33, return_sequences=True, name="lstm"), layers.Bidirectional(layers.GRU(8), name="both")]
+    return with_biases(keras.Sequential([keras.Input((10, 8)), *rows, layers.Dense(4, name="logits")]))
+
+
+def attentive() -> keras.Model:
+    inputs = keras.Input((6, 16))
+    x = layers.MultiHeadAttention(2, 8, name="attention")(inputs, inputs)
+    return with_biases(keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling1D()(x))))
+
+
 def masked() -> keras.Model:
     """Half of the neurons are zero, and none of the other weights."""
     model = convnet(32)
@@ -99,13 +110,15 @@ def masked() -> keras.Model:
 # What only the sentence of this rule has.
 MARKS = {
     "zeros_without_a_place": "have no place",
-    "no_integer_kernel": "no integer kernel",
+    "no_integer_kernel": "have no integer kernel",
     "dead_neurons": "keras_squeeze.shrink",
     "weights_only": "(dynamic range)",
     "too_small": "too small",
-    "scattered_zeros": "smaller, not faster",
+    "scattered_zeros": "make the model smaller",
     "few_bits": "a gain in size",
     "static_int8": "are smaller",
+    "wrapped_by_hand": "by hand",
+    "recurrent_in_float": "Recurrent layers stay in float",
     "fewer_neurons": "of the neurons, evenly",
     "odd_widths": "no multiple of 8 waste",
     "prospects": "Nothing is compressed yet",
@@ -147,6 +160,12 @@ SPOKEN = [
         ["zeros_without_a_place", "weights_only", "few_bits", "fewer_neurons", "odd_widths"],
     ),
     (with_adapter, None, ["prospects", "what_stays"]),
+    (recurrent, None, ["prospects"]),
+    (recurrent, {"weights": "int8", "sparsity": 0.5}, ["scattered_zeros", "static_int8", "recurrent_in_float"]),
+    (recurrent, {"weights": "binary", "activations": None}, ["few_bits", "recurrent_in_float"]),
+    (attentive, {"weights": "int8"}, ["static_int8"]),
+    (subclassed, {"weights": "int8"}, ["static_int8", "wrapped_by_hand"]),
+    (lambda: ks.quantize_aware(convnet(), "binary"), None, ["few_bits"]),
     (pruned, None, ["scattered_zeros"]),
     (masked, None, ["dead_neurons"]),
     (masked, {"weights": "int8"}, ["dead_neurons", "static_int8"]),
@@ -307,7 +326,7 @@ def test_neurons_that_cannot_go(figures):
     assert "No neuron can be removed: only: " in " ".join(ks.advise(one, {"neurons": 0.5}))
     narrow = keras.Sequential([keras.Input((16,)), layers.Dense(8, name="thin"), layers.Dense(4)])
     assert "thin: no smaller width is a multiple of 8" in " ".join(ks.advise(narrow, {"neurons": 0.5}))
-    assert "no neuron can be removed: only: " in said("prospects", lambda: one)
+    assert "No neuron can be removed: only: " in said("prospects", lambda: one)
 
 
 def test_where_bytes_and_macs_are():
@@ -327,6 +346,44 @@ def test_where_bytes_and_macs_are():
         f"({kilobytes(third)}), second {second / total:.0%} ({kilobytes(second)}), first {first / total:.0%} "
         f"({kilobytes(first)})."
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [(recurrent, "recurrent layers"), (attentive, "attention layers"), (subclassed, "subclassed models")],
+)
+@pytest.mark.parametrize("weights", ["int8", "ternary"])
+def test_what_was_not_measured_has_no_ratio(figures, make, what, weights):
+    findings = ks.advise(make(), {"weights": weights, "sparsity": 0.5, "neurons": 0.5})
+    assert "times as long" not in " ".join(findings)
+    assert "smaller and faster" not in " ".join(findings)
+    assert "no multiple of" not in " ".join(findings)
+    assert f"faster was not measured for {what}" in sentence(findings, MARKS["scattered_zeros"])
+    before = ks.advise(make())
+    assert f"whether faster was not measured for {what}" in sentence(before, MARKS["prospects"])
+    assert "smaller and faster" not in " ".join(before) or make is attentive
+
+
+def test_subclassed_models_are_wrapped_by_hand(figures):
+    text = said("wrapped_by_hand", subclassed, {"weights": "int8"})
+    assert "layers, 1 of them, by hand with keras_squeeze.QuantizeAware. No file of such a model was measured" in text
+    assert "by hand" not in " ".join(ks.advise(subclassed()))
+
+
+def test_layers_are_looked_for_in_wrappers(figures):
+    model = ks.quantize_aware(convnet(), "binary")
+    text = said("few_bits", lambda: model)
+    assert advice.NETWORKS["convolutional"] in text
+    kernels = 9 * (3 * 16 + 16 * 16 + 16 * 32) + 32 * 10
+    stored = kernels + 4 * (ks.summarize(model).total.parameters - kernels)
+    assert f"In a .tflite file the weights take about {kilobytes(stored)}, a byte each" in text
+    assert "whatever is done" not in " ".join(ks.advise(model))
+
+
+def test_what_was_measured_is_not_what_the_model_has(figures):
+    text = said("scattered_zeros", mlp, {"sparsity": 0.9})
+    assert text.startswith("90% unstructured zeros make the model smaller, not faster. Measured with 80% zeros: ")
+    assert "Measured in a sparse-encoded .tflite file with 80% zeros: " in text
 
 
 def test_macs_that_cannot_be_counted(figures):
@@ -451,7 +508,7 @@ def test_what_was_measured_elsewhere_says_so(figures, target):
 
 
 @pytest.mark.parametrize(
-    ("make", "quoted"), [(mlp, 7), (convnet, 7), (subclassed, 6), (of_open_size, 6), (with_adapter, 6), (empty, 0)]
+    ("make", "quoted"), [(mlp, 7), (convnet, 7), (subclassed, 0), (of_open_size, 6), (with_adapter, 6), (empty, 0)]
 )
 def test_without_any_measurement(monkeypatch, make, quoted):
     monkeypatch.setattr(advice, "MEASURED", {key: Ratio(None) for key in advice.MEASURED})
