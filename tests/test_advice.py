@@ -107,6 +107,15 @@ def masked() -> keras.Model:
     return model
 
 
+def with_a_dead_neuron() -> keras.Model:
+    model = convnet(32)
+    for variable in model.get_layer("second").weights:
+        values = np.array(variable.numpy())
+        values[..., 0] = 0
+        variable.assign(values)
+    return model
+
+
 # What only the sentence of this rule has.
 MARKS = {
     "zeros_without_a_place": "have no place",
@@ -168,6 +177,7 @@ SPOKEN = [
     (lambda: ks.quantize_aware(convnet(), "binary"), None, ["few_bits"]),
     (pruned, None, ["scattered_zeros"]),
     (masked, None, ["dead_neurons"]),
+    (with_a_dead_neuron, None, ["dead_neurons", "prospects"]),
     (masked, {"weights": "int8"}, ["dead_neurons", "static_int8"]),
     (lambda: ks.quantize_aware(masked()), None, ["dead_neurons", "static_int8"]),
     (lambda: ks.quantize_aware(pruned(), "int4"), None, ["scattered_zeros", "few_bits"]),

@@ -75,6 +75,7 @@ NETWORKS = {
 TINY_MACS = 1_392
 
 _NOTABLE = 0.01  # of all bytes or MACs; less is not worth a sentence
+_DIED = 0.1  # of all parameters; less may belong to neurons that died in training, and nobody pruned
 _LISTED = 3
 _INT8 = Affine(8)
 
@@ -426,7 +427,9 @@ def odd_widths(case: Case) -> str | None:
 
 def prospects(case: Case) -> str | None:
     """What each technique would do to a model that nothing was done to yet."""
-    if not case.plan.is_empty or not case.found.layers or case.shrunk is not None:
+    if not case.plan.is_empty or not case.found.layers:
+        return None
+    if case.shrunk is not None and case.shrunk[0] < (1 - _DIED) * case.report.total.parameters:
         return None
     before = _human_bytes(case.report.total.dense_bytes)
     eight, sparse = (_human_bytes(case.expected_bytes(*how)) for how in ((0.0, _INT8), (0.8, None)))
