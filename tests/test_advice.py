@@ -8,6 +8,7 @@ from keras import layers
 import keras_squeeze as ks
 from keras_squeeze.deployment import advice
 from keras_squeeze.deployment.advice import RULES, Ratio
+from keras_squeeze.deployment.plans import zeros_of
 from keras_squeeze.selection import find_layers
 
 
@@ -88,15 +89,45 @@ def pruned() -> keras.Model:
     return model
 
 
+def recurrent() -> keras.Model:
+    rows = [layers.LSTM(33, return_sequences=True, name="lstm"), layers.Bidirectional(layers.GRU(8), name="both")]
+    return with_biases(keras.Sequential([keras.Input((10, 8)), *rows, layers.Dense(4, name="logits")]))
+
+
+def attentive() -> keras.Model:
+    inputs = keras.Input((6, 16))
+    x = layers.MultiHeadAttention(2, 8, name="attention")(inputs, inputs)
+    return with_biases(keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling1D()(x))))
+
+
+def masked() -> keras.Model:
+    """Half of the neurons are zero, and none of the other weights."""
+    model = convnet(32)
+    ks.prune_neurons(model, 0.5)
+    return model
+
+
+def with_a_dead_neuron() -> keras.Model:
+    model = convnet(32)
+    for variable in model.get_layer("second").weights:
+        values = np.array(variable.numpy())
+        values[..., 0] = 0
+        variable.assign(values)
+    return model
+
+
 # What only the sentence of this rule has.
 MARKS = {
     "zeros_without_a_place": "have no place",
-    "no_integer_kernel": "no integer kernel",
+    "no_integer_kernel": "have no integer kernel",
+    "dead_neurons": "keras_squeeze.shrink",
     "weights_only": "(dynamic range)",
     "too_small": "too small",
-    "scattered_zeros": "smaller, not faster",
+    "scattered_zeros": "make the model smaller",
     "few_bits": "a gain in size",
     "static_int8": "are smaller",
+    "wrapped_by_hand": "by hand",
+    "recurrent_in_float": "Recurrent layers stay in float",
     "fewer_neurons": "of the neurons, evenly",
     "odd_widths": "no multiple of 8 waste",
     "prospects": "Nothing is compressed yet",
@@ -138,11 +169,25 @@ SPOKEN = [
         ["zeros_without_a_place", "weights_only", "few_bits", "fewer_neurons", "odd_widths"],
     ),
     (with_adapter, None, ["prospects", "what_stays"]),
+    (recurrent, None, ["prospects"]),
+    (recurrent, {"weights": "int8", "sparsity": 0.5}, ["scattered_zeros", "static_int8", "recurrent_in_float"]),
+    (recurrent, {"weights": "binary", "activations": None}, ["few_bits", "recurrent_in_float"]),
+    (attentive, {"weights": "int8"}, ["static_int8"]),
+    (subclassed, {"weights": "int8"}, ["static_int8", "wrapped_by_hand"]),
+    (lambda: ks.quantize_aware(convnet(), "binary"), None, ["few_bits"]),
     (pruned, None, ["scattered_zeros"]),
+    (masked, None, ["dead_neurons"]),
+    (with_a_dead_neuron, None, ["dead_neurons", "prospects"]),
+    (masked, {"weights": "int8"}, ["dead_neurons", "static_int8"]),
+    (lambda: ks.quantize_aware(masked()), None, ["dead_neurons", "static_int8"]),
+    (lambda: ks.quantize_aware(pruned(), "int4"), None, ["scattered_zeros", "few_bits"]),
+    (lambda: ks.finalize(ks.quantize_aware(pruned(), "int4")), None, ["scattered_zeros", "few_bits"]),
     (lambda: ks.quantize_aware(convnet()), None, ["static_int8"]),
     (lambda: ks.quantize_aware(convnet(), activations=None), None, ["weights_only"]),
     (lambda: ks.quantize_aware(tiny()), None, ["too_small", "static_int8"]),
-    (lambda: ks.quantize_aware(mlp(), "ternary"), None, ["scattered_zeros", "few_bits"]),
+    (lambda: ks.quantize_aware(mlp(), "ternary"), None, ["few_bits"]),
+    (lambda: ks.quantize_aware(mlp(), "int4"), None, ["few_bits"]),
+    (lambda: ks.finalize(ks.quantize_aware(mlp(), "int4")), None, ["few_bits"]),
     (lambda: ks.finalize(ks.quantize_aware(mlp())), None, ["static_int8"]),
     (lambda: ks.finalize(ks.quantize_aware(mlp()), activations="drop"), None, ["weights_only"]),
 ]
@@ -238,7 +283,8 @@ EXPECTED = [
 def test_expected_bytes_are_those_of_the_compressed_model(make, recipe):
     model = make()
     plan = advice.read_recipe(recipe)
-    case = advice.Case(model, plan, True, "x86", ks.summarize(model), find_layers(model))
+    report, found = ks.summarize(model), find_layers(model)
+    case = advice.Case(model, plan, True, "x86", report, found, zeros_of(model, report, found))
     expected = case.expected_bytes(plan.sparsity, plan.weights)
     if "sparsity" in recipe:
         ks.prune_weights(model, recipe["sparsity"])
@@ -269,13 +315,28 @@ def test_half_of_the_neurons_of_a_deep_model_leave_a_quarter():
     assert f"{macs:,} of {20 * 64 * 64:,} MACs ({macs / (20 * 64 * 64):.0%})" in text
 
 
+def test_neurons_that_are_masked(figures):
+    before, after = ks.summarize(masked()).total, ks.summarize(ks.shrink(masked())).total
+    text = said("dead_neurons", masked)
+    assert f"leaves {after.macs:,} of {before.macs:,} MACs" in text
+    assert f"{after.parameters:,} of {before.parameters:,} parameters" in text
+    both = masked()
+    ks.prune_weights(both, 0.75)  # the zeros of the neurons among them
+    small = ks.summarize(ks.shrink(both)).total
+    findings = ks.advise(both)
+    assert f"{small.parameters:,} of" in sentence(findings, MARKS["dead_neurons"])
+    kernels, neurons = 9 * (3 * 16 + 16 * 32 + 32 * 32) + 32 * 10, 9 * (3 * 16 + 16 * 32 + 32 * 32) / 2
+    scattered = (0.75 * kernels - neurons) / (kernels - neurons)
+    assert sentence(findings, MARKS["scattered_zeros"]).startswith(f"{scattered:.0%} unstructured zeros")
+
+
 def test_neurons_that_cannot_go(figures):
     assert "No neuron can be removed: the model is subclassed" in " ".join(ks.advise(subclassed(), {"neurons": 0.5}))
     one = keras.Sequential([keras.Input((16,)), layers.Dense(32, name="only")])
     assert "No neuron can be removed: only: " in " ".join(ks.advise(one, {"neurons": 0.5}))
     narrow = keras.Sequential([keras.Input((16,)), layers.Dense(8, name="thin"), layers.Dense(4)])
     assert "thin: no smaller width is a multiple of 8" in " ".join(ks.advise(narrow, {"neurons": 0.5}))
-    assert "no neuron can be removed: only: " in said("prospects", lambda: one)
+    assert "No neuron can be removed: only: " in said("prospects", lambda: one)
 
 
 def test_where_bytes_and_macs_are():
@@ -295,6 +356,44 @@ def test_where_bytes_and_macs_are():
         f"({kilobytes(third)}), second {second / total:.0%} ({kilobytes(second)}), first {first / total:.0%} "
         f"({kilobytes(first)})."
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [(recurrent, "recurrent layers"), (attentive, "attention layers"), (subclassed, "subclassed models")],
+)
+@pytest.mark.parametrize("weights", ["int8", "ternary"])
+def test_what_was_not_measured_has_no_ratio(figures, make, what, weights):
+    findings = ks.advise(make(), {"weights": weights, "sparsity": 0.5, "neurons": 0.5})
+    assert "times as long" not in " ".join(findings)
+    assert "smaller and faster" not in " ".join(findings)
+    assert "no multiple of" not in " ".join(findings)
+    assert f"faster was not measured for {what}" in sentence(findings, MARKS["scattered_zeros"])
+    before = ks.advise(make())
+    assert f"whether faster was not measured for {what}" in sentence(before, MARKS["prospects"])
+    assert "smaller and faster" not in " ".join(before) or make is attentive
+
+
+def test_subclassed_models_are_wrapped_by_hand(figures):
+    text = said("wrapped_by_hand", subclassed, {"weights": "int8"})
+    assert "layers, 1 of them, by hand with keras_squeeze.QuantizeAware. No file of such a model was measured" in text
+    assert "by hand" not in " ".join(ks.advise(subclassed()))
+
+
+def test_layers_are_looked_for_in_wrappers(figures):
+    model = ks.quantize_aware(convnet(), "binary")
+    text = said("few_bits", lambda: model)
+    assert advice.NETWORKS["convolutional"] in text
+    kernels = 9 * (3 * 16 + 16 * 16 + 16 * 32) + 32 * 10
+    stored = kernels + 4 * (ks.summarize(model).total.parameters - kernels)
+    assert f"In a .tflite file the weights take about {kilobytes(stored)}, a byte each" in text
+    assert "whatever is done" not in " ".join(ks.advise(model))
+
+
+def test_what_was_measured_is_not_what_the_model_has(figures):
+    text = said("scattered_zeros", mlp, {"sparsity": 0.9})
+    assert text.startswith("90% unstructured zeros make the model smaller, not faster. Measured with 80% zeros: ")
+    assert "Measured in a sparse-encoded .tflite file with 80% zeros: " in text
 
 
 def test_macs_that_cannot_be_counted(figures):
@@ -419,7 +518,7 @@ def test_what_was_measured_elsewhere_says_so(figures, target):
 
 
 @pytest.mark.parametrize(
-    ("make", "quoted"), [(mlp, 7), (convnet, 7), (subclassed, 6), (of_open_size, 6), (with_adapter, 6), (empty, 0)]
+    ("make", "quoted"), [(mlp, 7), (convnet, 7), (subclassed, 0), (of_open_size, 6), (with_adapter, 6), (empty, 0)]
 )
 def test_without_any_measurement(monkeypatch, make, quoted):
     monkeypatch.setattr(advice, "MEASURED", {key: Ratio(None) for key in advice.MEASURED})
@@ -453,6 +552,8 @@ def test_a_model_with_nothing_to_say(figures, recipe):
         ((mlp, {"sparsity": 80}), {}, ValueError, r"Received: sparsity=80.*pass 0\.8"),
         ((mlp, {"neurons": 1.0}), {}, ValueError, r"`neurons` must be in \[0, 1\)"),
         ((mlp, {"sparsity": 0.8, "pattern": "2:4"}), {}, ValueError, r"at most 0\.5.*Received: sparsity=0\.8"),
+        ((mlp, {"pattern": "2:4"}), {}, ValueError, "no zeros to lie in it.*Received: {'pattern': '2:4'}"),
+        ((mlp, {"pattern": (1, 4), "sparsity": 0.0}), {}, ValueError, "no zeros to lie in it"),
         ((mlp, {"sparsity": 0.5, "pattern": "blocks"}), {}, ValueError, "Received: 'blocks'"),
         ((mlp, {"weights": "int1"}), {}, ValueError, "num_bits=1"),
         ((mlp, {"weights": "tiny"}), {}, ValueError, "Received: 'tiny'"),

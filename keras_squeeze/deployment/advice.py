@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import keras
+from keras import layers
 
 from keras_squeeze.deployment.expectations import (
     MULTIPLE,
@@ -20,9 +21,11 @@ from keras_squeeze.deployment.expectations import (
     width_of,
     without_neurons,
 )
-from keras_squeeze.deployment.plans import Plan, label, plan_of, read_recipe
+from keras_squeeze.deployment.plans import Plan, Zeros, label, plan_of, read_recipe, shrunk, wrappers_of, zeros_of
+from keras_squeeze.graphs import functional_of
 from keras_squeeze.quantization.quantizers import Affine, Quantizer
-from keras_squeeze.report import CompressionReport, LayerReport, _human_bytes, summarize
+from keras_squeeze.quantization.wrapper import QuantizeAware
+from keras_squeeze.report import CompressionReport, LayerReport, _human_bytes, _members, summarize
 from keras_squeeze.selection import CompressibleLayer, Selection, find_layers
 
 # What is added to a ratio that was measured on x86.
@@ -72,8 +75,13 @@ NETWORKS = {
 TINY_MACS = 1_392
 
 _NOTABLE = 0.01  # of all bytes or MACs; less is not worth a sentence
+_DIED = 0.1  # of all parameters; less may belong to neurons that died in training, and nobody pruned
 _LISTED = 3
 _INT8 = Affine(8)
+
+# Layers that were not measured.
+_RECURRENT = (layers.RNN, layers.Bidirectional)
+_ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +95,7 @@ class Case:
         target: Where the model is to run.
         report: What the model holds and computes.
         found: Its compressible layers.
+        zeros: Its zeros.
     """
 
     model: keras.Model
@@ -95,10 +104,16 @@ class Case:
     target: str
     report: CompressionReport
     found: Selection
+    zeros: Zeros
 
     @cached_property
     def rows(self) -> dict[str, LayerReport]:
         return {row.path: row for row in self.report.layers}
+
+    @cached_property
+    def shrunk(self) -> tuple[int, int] | None:
+        """`(parameters, MACs)` without the neurons that are zero throughout; None where none can be taken out."""
+        return shrunk(self.model) if self.zeros.channels else None
 
     @cached_property
     def kind(self) -> str:
@@ -106,21 +121,52 @@ class Case:
         return "convolutional" if self.in_convolutions > 0.5 else "dense"
 
     @cached_property
+    def unmeasured(self) -> str | None:
+        """What the model mainly is, where no network like it was measured."""
+        if functional_of(self.model) is None:
+            return "subclassed models"
+        recurrent, attention = (self.share(self.of_classes(*kinds)) for kinds in (_RECURRENT, _ATTENTION))
+        if recurrent + attention <= 0.5:
+            return None
+        return "recurrent layers" if recurrent >= attention else "attention layers"
+
+    @cached_property
     def in_convolutions(self) -> float:
         """The share of the MACs, or where these are not known of the bytes, that convolutions have."""
+        return self.share(
+            [path for path, layer in self.members.items() if is_convolution(CompressibleLayer(path, layer, (), ()))]
+        )
+
+    @cached_property
+    def members(self) -> dict[str, keras.Layer]:
+        """The layers of the report's rows; a wrapper's is the layer that it quantizes."""
+        return {
+            path: layer.layer if isinstance(layer, QuantizeAware) else layer for path, layer, _ in _members(self.model)
+        }
+
+    def of_classes(self, *classes: type) -> list[str]:
+        return [path for path, layer in self.members.items() if isinstance(layer, classes)]
+
+    def share(self, paths: list[str]) -> float:
+        """The part of the MACs, or where these are not known of the bytes, that is theirs."""
         measure = "dense_bytes" if self.report.total.macs is None else "macs"
-        inside = sum(getattr(self.rows[x.path], measure) for x in self.found.layers if is_convolution(x))
-        return inside / max(getattr(self.report.total, measure), 1)
+        return sum(getattr(self.rows[path], measure) for path in paths) / max(getattr(self.report.total, measure), 1)
 
     @property
     def is_tiny(self) -> bool:
         """Whether the model computes no more than the network that int8 was measured not to make faster."""
         ratio, macs = MEASURED["tiny", "static int8"].latency, self.report.total.macs
-        return ratio is not None and ratio > 0.9 and macs is not None and macs <= TINY_MACS
+        return not self.unmeasured and ratio is not None and ratio > 0.9 and macs is not None and macs <= TINY_MACS
 
     def expected_bytes(self, sparsity: float, quantizer: Quantizer | None) -> int:
         """The bytes of all weights with so many zeros and this quantizer."""
         return self.report.total.compressed_bytes - saved_bytes(self.model, self.found, sparsity, quantizer)
+
+    @property
+    def int8_bytes(self) -> int:
+        """The bytes of all weights in a .tflite file that computes in int8, which packs nothing."""
+        total = self.report.total
+        return total.compressible + 4 * (total.parameters - total.compressible)
 
     def measured(self, change: str) -> Ratio:
         return MEASURED[self.kind, change]
@@ -172,7 +218,9 @@ def advise(model: keras.Model, recipe=None, *, target: str = "x86") -> list[str]
     plan = read_recipe(recipe)
     found, report = find_layers(model), summarize(model)
     planned = not plan.is_empty and bool(found.layers)
-    case = Case(model, plan if planned else plan_of(model, report), planned, target, report, found)
+    zeros = zeros_of(model, report, found)
+    plan = plan if planned else plan_of(model, report, zeros.sparsity)
+    case = Case(model, plan, planned, target, report, found, zeros)
     findings = [finding for rule in RULES if (finding := rule(case)) is not None]
     return findings or [f"Model '{model.name}' has no weights: there is nothing in it to make smaller or faster."]
 
@@ -202,10 +250,28 @@ def no_integer_kernel(case: Case) -> str | None:
     )
 
 
+def dead_neurons(case: Case) -> str | None:
+    """Neurons that are zero throughout, and computed all the same."""
+    if case.shrunk is not None:
+        return (
+            "Whole neurons are zero, and still stored and computed: `keras_squeeze.shrink(model)` takes them out and "
+            f"leaves {_left(case, *case.shrunk)}."
+        )
+    if not case.zeros.channels or not wrappers_of(case.model):
+        return None
+    return (
+        f"{case.zeros.channels} channels are zero throughout, and still stored and computed: `keras_squeeze.shrink` "
+        "takes such neurons out before quantize_aware, not after it. Shrink the model that was quantized, and quantize "
+        "what is left."
+    )
+
+
 def weights_only(case: Case) -> str | None:
     """Integers for weights between activations in float."""
     plan = case.plan
     if plan.weights is None or plan.activations is not None or plan.weights.bits > 8 or plan.has_binary_inputs:
+        return None
+    if case.unmeasured:
         return None
     mixed, static = (case.measured(change).latency for change in ("dynamic-range int8", "static int8"))
     if mixed is not None and static is not None and mixed <= static:
@@ -237,13 +303,19 @@ def scattered_zeros(case: Case) -> str | None:
     plan = case.plan
     if not plan.sparsity or (plan.weights is not None and not plan.weights.has_zero):
         return None
-    change = "2:4 zeros" if plan.pattern == "2:4" else "80% zeros"
     stored = "Stored sparsely" if plan.weights is None else f"Stored sparsely and in {label(plan.weights)}"
+    stored = f"{stored}, its weights take {_packed(case)}"
+    if case.unmeasured:
+        return (
+            f"{plan.zeros} make the model smaller; whether it is faster was not measured for {case.unmeasured}. "
+            f"{stored}."
+        )
+    change = "2:4 zeros" if plan.pattern == "2:4" else "80% zeros"
     encoded = case.measured("80% zeros, sparse-encoded")
     size = "" if encoded.num_bytes is None else f", with {encoded.num_bytes:.2f} of the bytes"
     return (
-        f"{plan.zeros} make the model smaller, not faster: with {change} in its file, {case.took(change)}. {stored}, "
-        f"its weights take {_packed(case)}. In a sparse-encoded .tflite file with 80% zeros, {NETWORKS[case.kind]} "
+        f"{plan.zeros} make the model smaller, not faster. Measured with {change}: {case.took(change)}. {stored}. "
+        f"Measured in a sparse-encoded .tflite file with 80% zeros: {NETWORKS[case.kind]} "
         f"{_times(encoded.latency)}{size}."
     )
 
@@ -256,12 +328,17 @@ def few_bits(case: Case) -> str | None:
     packed = f"packed, the weights take {_packed(case)}"
     if weights.bits > 2:
         return f"Weights in {label(weights)} are a gain in size: {packed}. Whether it is faster was not measured."
+    if case.unmeasured:
+        return (
+            f"Weights in {label(weights)} are a gain in size: {packed}. Whether it is faster was not measured for "
+            f"{case.unmeasured}."
+        )
     binary, static = case.measured("binary weights"), case.measured("static int8")
     ratio = "" if binary.num_bytes is None else f", a file with {binary.num_bytes:.2f} of the bytes"
     return (
         f"Weights in {label(weights)} are a gain in size only, which LiteRT stores and computes in int8: with binary "
         f"weights, {case.took('binary weights')}{ratio}; with int8 weights it {_times(static.latency)}. In a .tflite "
-        f"file the weights take about {_human_bytes(case.expected_bytes(0.0, _INT8))}; {packed}."
+        f"file the weights take about {_human_bytes(case.int8_bytes)}, a byte each; {packed}."
     )
 
 
@@ -272,9 +349,37 @@ def static_int8(case: Case) -> str | None:
         return None
     if case.is_tiny:
         return f"Weights in {label(weights)} are smaller: they take {_packed(case, sparse=False)}."
+    if case.unmeasured:
+        return (
+            f"Weights in {label(weights)} with activations in {label(activations)} are smaller: packed, they take "
+            f"{_packed(case, sparse=False)}. Whether it is faster was not measured for {case.unmeasured}."
+        )
     return (
         f"Weights in {label(weights)} with activations in {label(activations)} are smaller and faster: the weights "
         f"take {_packed(case, sparse=False)}; in int8, {case.took('static int8')}."
+    )
+
+
+def wrapped_by_hand(case: Case) -> str | None:
+    """Models that quantize_aware refuses."""
+    if not case.planned or case.plan.weights is None or functional_of(case.model) is not None:
+        return None
+    return (
+        "The model is subclassed, and quantize_aware takes Functional and Sequential models only: wrap its "
+        f"compressible layers, {len(case.found.layers)} of them, by hand with keras_squeeze.QuantizeAware. No file of "
+        "such a model was measured."
+    )
+
+
+def recurrent_in_float(case: Case) -> str | None:
+    """Layers that the converter leaves in float."""
+    paths = case.of_classes(*_RECURRENT)
+    if case.plan.weights is None or not paths or (share := case.share(paths)) < _NOTABLE:
+        return None
+    measure = "bytes" if case.report.total.macs is None else "MACs"
+    return (
+        f"Recurrent layers stay in float in a .tflite file, with {share:.0%} of the {measure} ({_listed(paths)}): its "
+        "converter has no integer kernel for them."
     )
 
 
@@ -286,10 +391,12 @@ def fewer_neurons(case: Case) -> str | None:
     left = without_neurons(case.model, fraction)
     if isinstance(left, str):
         return f"No neuron can be removed: {left}."
+    measured = f"with half of its neurons gone, {case.took('half of the neurons')}"
+    if case.unmeasured:
+        measured = f"how much faster that is was not measured for {case.unmeasured}"
     return (
         f"Removing {fraction:.0%} of the neurons, evenly and to widths that are multiples of {MULTIPLE}, leaves "
-        f"{_left(case, *left)}. What is gone is computed nowhere: with half of its neurons gone, "
-        f"{case.took('half of the neurons')}."
+        f"{_left(case, *left)}. What is gone is computed nowhere: {measured}."
     )
 
 
@@ -303,7 +410,7 @@ def odd_widths(case: Case) -> str | None:
         if (slower := _width_ratios(entry)[0].latency) is None or slower > 1.05
     ]
     macs, total = sum(macs for macs, *_ in found), case.report.total.macs
-    if not found or (total and macs < _NOTABLE * total):
+    if not found or case.unmeasured or (total and macs < _NOTABLE * total):
         return None
     found.sort(key=lambda item: -item[0])
     names = _listed([f"{entry.path} ({width})" for _, entry, width in found])
@@ -322,14 +429,22 @@ def prospects(case: Case) -> str | None:
     """What each technique would do to a model that nothing was done to yet."""
     if not case.plan.is_empty or not case.found.layers:
         return None
+    if case.shrunk is not None and case.shrunk[0] < (1 - _DIED) * case.report.total.parameters:
+        return None
     before = _human_bytes(case.report.total.dense_bytes)
     eight, sparse = (_human_bytes(case.expected_bytes(*how)) for how in ((0.0, _INT8), (0.8, None)))
     left = without_neurons(case.model, 0.5)
-    neurons = f"no neuron can be removed: {left}" if isinstance(left, str) else f"half: {_left(case, *left)}"
+    if isinstance(left, str):
+        neurons = f"No neuron can be removed: {left}."
+    else:
+        neurons = f"Removing neurons makes it smaller and faster (half: {_left(case, *left)})."
+    size = f"weights: about {eight} instead of {before}"
+    integers = f"Int8 weights and activations make it smaller and faster ({size})."
+    if case.unmeasured:
+        integers = f"Int8 makes it smaller ({size}); whether faster was not measured for {case.unmeasured}."
     return (
-        f"Nothing is compressed yet. Removing neurons makes it smaller and faster ({neurons}); so do int8 weights and "
-        f"activations (weights: about {eight} instead of {before}). Zeros make it smaller only (80%, stored sparsely: "
-        f"about {sparse} instead of {before})."
+        f"Nothing is compressed yet. {neurons} {integers} Zeros make it smaller only (80%, stored sparsely: about "
+        f"{sparse} instead of {before})."
     )
 
 
@@ -348,7 +463,7 @@ def what_stays(case: Case) -> str | None:
     owners: dict[str, str] = {}
     for path, reason in case.report.skipped:
         row = max((name for name in case.rows if f"{path}/".startswith(f"{name}/")), key=len, default=None)
-        if row is not None:
+        if row is not None and not _is_quantized(case.rows[row]):
             owners.setdefault(row, reason)
     held, total = sum(case.rows[path].dense_bytes for path in owners), case.report.total.dense_bytes
     if not total or held < _NOTABLE * total:
@@ -363,11 +478,14 @@ def what_stays(case: Case) -> str | None:
 RULES: tuple[Rule, ...] = (
     zeros_without_a_place,
     no_integer_kernel,
+    dead_neurons,
     weights_only,
     too_small,
     scattered_zeros,
     few_bits,
     static_int8,
+    wrapped_by_hand,
+    recurrent_in_float,
     fewer_neurons,
     odd_widths,
     prospects,
@@ -386,6 +504,11 @@ def _largest(case: Case, name: str, what: str, shown) -> str | None:
     if not parts:
         return None
     return f"Where {what} are, {shown(total)} in all: {', '.join(parts)}."
+
+
+def _is_quantized(row: LayerReport) -> bool:
+    """Whether its weights are on a grid, or stored as integers."""
+    return row.levels is not None or row.bits <= 8
 
 
 def _packed(case: Case, *, sparse: bool = True) -> str:
