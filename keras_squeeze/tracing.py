@@ -115,6 +115,8 @@ def _trace(model, layers, example: _Example) -> dict[int, list[tuple[list, list]
 
     calls: dict[int, list] = {id(layer): [] for layer in layers}
     members = model._flatten_layers()
+    wrappers = [layer for layer in members if isinstance(layer, keras.layers.Wrapper) and id(layer.layer) in calls]
+    calls_of_wrappers: list[list] = [[] for _ in wrappers]
     with warnings.catch_warnings(), _left_as_found(members):
         warnings.simplefilter("ignore")  # the user saw them when the model was built
         for member in members:
@@ -123,12 +125,17 @@ def _trace(model, layers, example: _Example) -> dict[int, list[tuple[list, list]
                 _keep_batch(member)
         for layer in layers:
             _record(layer, calls[id(layer)])
+        for wrapper, found in zip(wrappers, calls_of_wrappers, strict=True):
+            _record(wrapper, found)
 
         @tf.function(autograph=False)  # as Keras itself traces
         def inference(args, kwargs):
             model(*args, training=False, **kwargs)
 
         inference.get_concrete_function(example.args, example.kwargs)
+    for wrapper, found in zip(wrappers, calls_of_wrappers, strict=True):
+        if not calls[id(wrapper.layer)]:  # the wrapper computes for it
+            calls[id(wrapper.layer)] = found
     return calls
 
 

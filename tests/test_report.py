@@ -211,6 +211,14 @@ def _seen(model):
     return model
 
 
+def test_a_wrapper_that_computes_for_its_layer():
+    model = small_convnet()
+    q = ks.quantize_aware(model, {"conv": "xnor"})
+    report = ks.summarize(q)
+    assert report.total.macs == ks.summarize(model).total.macs
+    assert report.total.effective_macs == report.total.macs
+
+
 def test_energy_is_unknown_where_the_macs_are():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Lambda(lambda x: x * 2)])
     model.layers[1].function = lambda x: 1 / 0
