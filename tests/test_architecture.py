@@ -29,6 +29,8 @@ ORDER = [
     "pruning",
     "quantization",
     "deployment",
+    "distillation",
+    "steps",
     "recipe",
     "search",
     "tfmot_compat",

@@ -1,0 +1,213 @@
+"""`CompressionHyperModel`: what Keras Tuner builds and trains in each trial."""
+
+import contextlib
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import keras_tuner
+from keras_tuner import errors
+from keras_tuner.src.engine.tuner_utils import SaveBestEpoch, TunerCallback
+
+from keras_squeeze.graphs import compile_like, functional_of
+from keras_squeeze.recipe import Recipe
+from keras_squeeze.search.objectives import Budgets, direction_of, score
+from keras_squeeze.search.results import ARTIFACTS, Result, write_result
+from keras_squeeze.search.space import CompressionSpace
+from keras_squeeze.steps import FineTune
+
+_PARENT = "tuner/trial_id"  # where Hyperband says which trial to go on with
+_TRAINED = "trained.keras"
+
+
+class CompressionHyperModel(keras_tuner.HyperModel):
+    """Compresses a trained model in another way in each trial, and measures what comes out.
+
+    A trial takes a copy of the model, runs the recipe that the hyperparameters make, finishes it, writes its files,
+    and reports what was measured on them: `val_<metric>` of the finished model, `size_bytes`, `tflite_bytes`,
+    `packed_bytes`, `macs`, `energy_pj` and, where asked for, `latency_ms`. Works with every tuner of Keras Tuner.
+
+    Args:
+        model: A trained, compiled, Functional or Sequential model, or a function without arguments that makes one.
+        space: What may vary; None: `CompressionSpace()`.
+        metric: A metric that the model was compiled with, or `"loss"`. None: the first one.
+        artifact: The file whose size is `size_bytes`: `"tflite"`, which runs anywhere, or `"packed"`, where zeros and
+            bits below 4 count.
+        latency: Whether to measure `latency_ms` as well, which takes a while and wants an idle machine.
+
+    Raises:
+        TypeError, ValueError: a model that is not compiled, not built or subclassed, a metric that it does not have,
+            or no such artifact.
+
+    Example:
+
+    ```python
+    hyper = ks.CompressionHyperModel(model, metric="accuracy")
+    tuner = keras_tuner.BayesianOptimization(hyper, objective=hyper.objective(max_size_bytes=50_000), max_trials=20)
+    tuner.search(x, y, validation_data=(x_val, y_val), epochs=5)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: keras.Model | Callable[[], keras.Model],
+        space: CompressionSpace | None = None,
+        *,
+        metric: str | None = None,
+        artifact: str = "tflite",
+        latency: bool = False,
+    ):
+        super().__init__()
+        self.model = _checked(model if isinstance(model, keras.Model) else model())
+        self.space = CompressionSpace() if space is None else space
+        if not isinstance(self.space, CompressionSpace):
+            raise TypeError(f"`space` must be a `CompressionSpace`. Received: space={space!r}")
+        self.metric = _find_metric(self.model, metric)
+        if artifact not in ARTIFACTS:
+            known = ", ".join(map(repr, ARTIFACTS))
+            raise ValueError(f"`artifact` must be one of {known}. Received: artifact={artifact!r}")
+        self.artifact, self.latency = artifact, latency
+        self._objectives: dict[str, Budgets] = {}
+        self._finished: dict[str, pathlib.Path] = {}  # the directories of trials, by trial and by hyperparameters
+
+    def objective(self, **budgets: float) -> keras_tuner.Objective:
+        """One number to maximise, for tuners that take one: the metric, and below all of that what breaks a budget.
+
+        Args:
+            budgets: `max_<metric>` or `min_<metric>`, such as `max_size_bytes=50_000`.
+
+        Raises:
+            TypeError, ValueError: budgets that contradict each other, or that are none.
+        """
+        found = Budgets.of(**budgets)
+        name = f"score({found.text()})" if budgets else "score"
+        self._objectives[name] = found
+        return keras_tuner.Objective(name, "max")
+
+    def build(self, hp):
+        """Declares the hyperparameters; a fresh copy of the model, or what was trained with them before."""
+        self.space.recipe(hp)
+        known = self._finished.get(hp.values.get(_PARENT)) or self._finished.get(_key(hp))
+        if known is not None:
+            model = keras.models.load_model(known / _TRAINED, compile=False)
+        else:
+            model = keras.models.clone_model(self.model)
+            model.set_weights(self.model.get_weights())
+        compile_like(self.model, model)
+        return model
+
+    def fit(self, hp, model, x=None, y=None, *, validation_data=None, callbacks=None, **options) -> dict[str, float]:
+        """Runs a trial for a tuner of Keras Tuner.
+
+        Returns:
+            What was measured.
+        """
+        if validation_data is None:
+            raise errors.FatalValueError(
+                "The finished model of each trial is measured on validation data: pass validation_data=(x_val, y_val) "
+                "to `search`. Received: validation_data=None"
+            )
+        others, saver, tuner, trial = _sorted(callbacks)
+        epochs, first = options.pop("epochs", 1), options.pop("initial_epoch", 0)
+        parent = hp.values.get(_PARENT)
+        recipe, source = self.space.recipe(hp), self.model
+        if parent:  # Hyperband has loaded the weights of that trial, whose recipe is done: it only trains on
+            source, recipe_to_run, epochs = model, Recipe([FineTune()]), epochs - first
+        else:
+            recipe_to_run = recipe
+        with contextlib.ExitStack() as stack:
+            folder = (
+                tuner.get_trial_dir(trial.trial_id) if tuner else stack.enter_context(tempfile.TemporaryDirectory())
+            )
+            run = {"validation_data": validation_data, "callbacks": others, **options}
+            trained = recipe_to_run.fit(source, x, y, epochs=epochs, **run)
+            result = self.measure(trained, recipe, folder, x=x, validation_data=validation_data)
+            if saver is not None:
+                trained.save(pathlib.Path(folder, _TRAINED))
+                saver.set_model(trained)
+                saver.on_epoch_end(epochs - 1, dict(result.metrics))
+                self._finished[trial.trial_id] = self._finished[_key(hp)] = pathlib.Path(folder)
+        return result.metrics
+
+    def measure(self, model: keras.Model, recipe: Recipe, directory, *, x, validation_data) -> Result:
+        """Finishes a trained model, writes its files, and measures it.
+
+        Args:
+            model: What `Recipe.fit` returned.
+            recipe: What was done to it.
+            directory: Where the files go.
+            x: Training data, whose first examples the `.tflite` file is compared on.
+            validation_data: What the metric is computed on.
+        """
+        result = write_result(
+            model,
+            recipe,
+            directory,
+            metric=self.metric,
+            validation_data=validation_data,
+            calibration_data=x,
+            artifact=self.artifact,
+            latency=self.latency,
+        )
+        name = f"val_{self.metric}"
+        for objective, budgets in self._objectives.items():
+            result.metrics[objective] = score(result.metrics, name, direction_of(name), budgets)
+        return result
+
+
+def _sorted(callbacks) -> tuple[list, SaveBestEpoch | None, Any, Any]:
+    """The callbacks of a user, and what Keras Tuner adds to them."""
+    callbacks = list(callbacks or ())
+    saver = next((callback for callback in callbacks if isinstance(callback, SaveBestEpoch)), None)
+    ours = next((callback for callback in callbacks if isinstance(callback, TunerCallback)), None)
+    others = [callback for callback in callbacks if callback is not saver]
+    return others, saver, *((None, None) if ours is None else (ours.tuner, ours.trial))
+
+
+def _key(hp) -> str:
+    return repr(sorted(hp.values.items(), key=str))
+
+
+def _checked(model) -> keras.Model:
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a `keras.Model`, or a function that makes one. Received: {model!r}")
+    if not model.built or functional_of(model) is None:
+        raise ValueError(f"The search needs a built Functional or Sequential model. Received: '{model.name}'")
+    if not model.compiled:
+        raise ValueError(
+            f"Model '{model.name}' is not compiled, so that it can be neither trained nor judged. Call "
+            "model.compile(optimizer, loss, metrics=[...]) first."
+        )
+    return model
+
+
+def _find_metric(model: keras.Model, metric: str | None) -> str:
+    known = [*_names(model._compile_config.config.get("metrics")), "loss"]
+    if metric is None:
+        return known[0]
+    name = metric.removeprefix("val_") if isinstance(metric, str) else metric
+    if name not in known:
+        raise ValueError(
+            f"Model '{model.name}' was not compiled with this metric. It has: {', '.join(known)}. Received: "
+            f"metric={metric!r}"
+        )
+    return name
+
+
+def _names(metrics) -> list[str]:
+    """What Keras calls the metrics of `compile`; those of several outputs have the output's name before theirs."""
+    if metrics is None:
+        return []
+    if isinstance(metrics, dict):
+        return [f"{output}_{name}" for output, part in metrics.items() for name in _names(part)]
+    found = []
+    for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
+        if isinstance(metric, str):
+            found.append(metric)
+        elif isinstance(metric, (list, tuple)):
+            found += _names(metric)
+        elif metric is not None:
+            found.append(getattr(metric, "name", None) or getattr(metric, "__name__", str(metric)))
+    return found

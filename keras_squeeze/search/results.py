@@ -1,0 +1,140 @@
+"""What a trial leaves behind: a directory with the model, the files made of it, the recipe, and what was measured."""
+
+import json
+import pathlib
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from keras_squeeze.deployment.latency import measure_latency
+from keras_squeeze.deployment.litert import ExportResult, export
+from keras_squeeze.deployment.packing import save_packed
+from keras_squeeze.deployment.writing import write_file
+from keras_squeeze.quantization.wrapper import QuantizeAware
+from keras_squeeze.recipe import Recipe
+from keras_squeeze.report import summarize
+from keras_squeeze.steps import finished
+
+ARTIFACTS = {"tflite": "model.tflite", "packed": "model.squeeze"}
+"""The files whose size can be `size_bytes`."""
+
+_FEW_BITS = 4  # which a .tflite file can store as they are
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished trial.
+
+    Attributes:
+        metrics: What was measured, by name: `val_<metric>`, `size_bytes`, `tflite_bytes`, `packed_bytes`, `macs`,
+            `energy_pj`, and `latency_ms` where it was asked for.
+        recipe: What was done to the model.
+        directory: Where `model.keras`, `model.tflite`, `model.squeeze`, `recipe.json`, `report.json` and
+            `metrics.json` are.
+    """
+
+    metrics: dict[str, float]
+    recipe: Recipe
+    directory: pathlib.Path
+
+    def load_model(self) -> keras.Model:
+        """The finished model, not compiled; it predicts as it was measured."""
+        return keras.models.load_model(self.directory / "model.keras", compile=False)
+
+    @classmethod
+    def read(cls, directory) -> "Result":
+        """What `write_result` wrote.
+
+        Raises:
+            ValueError: there is no result in the directory.
+        """
+        directory = pathlib.Path(directory)
+        path = directory / "metrics.json"
+        if not path.is_file():
+            raise ValueError(f"There is no finished trial in {directory}: it has no metrics.json.")
+        return cls(json.loads(path.read_text()), Recipe.load(directory / "recipe.json"), directory)
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{name} {value:,.4g}" for name, value in self.metrics.items())
+        return f"{self.recipe}: {numbers}; {self.directory}"
+
+
+def write_result(
+    model: keras.Model,
+    recipe: Recipe,
+    directory,
+    *,
+    metric: str,
+    validation_data: Any,
+    calibration_data: Any = None,
+    artifact: str = "tflite",
+    latency: bool = False,
+) -> Result:
+    """Finishes a trained model, writes all its files, and measures it.
+
+    Args:
+        model: What `Recipe.fit` returned.
+        recipe: The recipe.
+        directory: Where the files go; made if it is missing.
+        metric: The name of a compiled metric, or `"loss"`.
+        validation_data: `(x, y)`, `(x, y, sample_weight)` or a dataset of batches; the finished model is evaluated on
+            all of it.
+        calibration_data: Inputs for the comparison of the `.tflite` file with the model.
+        artifact: The file whose size is `size_bytes`: `"tflite"` or `"packed"`.
+        latency: Whether to measure the latency of the `.tflite` file.
+
+    Raises:
+        ValueError: the converter cannot make a `.tflite` file of the model, and one is needed.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    plain = finished(model)
+    metrics: dict[str, float] = {f"val_{metric}": evaluate(plain, validation_data)[metric]}
+    report = summarize(model)
+    packed = save_packed(model, directory / ARTIFACTS["packed"])
+    needs_file = artifact == "tflite" or latency
+    shipped, problem = _export(model, directory / ARTIFACTS["tflite"], calibration_data, needs_file)
+    sizes = {"packed": packed, "tflite": None if shipped is None else shipped.num_bytes}
+    metrics |= {"size_bytes": sizes[artifact], "tflite_bytes": sizes["tflite"], "packed_bytes": packed}
+    metrics |= {"macs": report.total.macs, "energy_pj": report.total.energy_pj}
+    if latency:
+        metrics["latency_ms"] = measure_latency(directory / ARTIFACTS["tflite"]).median_ms
+    metrics = {name: float(value) for name, value in metrics.items() if value is not None}
+    plain.save(directory / "model.keras")
+    recipe.save(directory / "recipe.json")
+    about_file = {"problem": problem} if shipped is None else {**vars(shipped), "path": shipped.path.name}
+    _write(directory / "report.json", {"recipe": recipe.to_dict(), "export": about_file, "report": report.to_dict()})
+    _write(directory / "metrics.json", metrics)  # the last one: with it the trial is finished
+    return Result(metrics, recipe, directory)
+
+
+def evaluate(model: keras.Model, validation_data) -> dict[str, float]:
+    """The metrics of a compiled model by name, on all the data."""
+    parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
+    found = model.evaluate(*parts[:2], sample_weight=parts[2] if len(parts) > 2 else None, verbose=0, return_dict=True)
+    return {name: float(value) for name, value in found.items()}
+
+
+def _export(model, path, calibration_data, needed: bool) -> tuple[ExportResult | None, str]:
+    """In as few bits as were trained; whatever has no kernel for that is in the report."""
+    wrappers = [layer for layer in model._flatten_layers() if isinstance(layer, QuantizeAware)]
+    bits = [layer.weight_quantizer.bits for layer in wrappers if layer.weight_quantizer is not None]
+    few = bits and min(bits) <= _FEW_BITS
+    problem = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is left in float is in the report, not said for every trial
+        for precision in ("int4", None) if few else (None,):
+            try:
+                how = {"precision": precision, "calibration_data": calibration_data, "allow_float": True}
+                return export(model, path, **how), ""
+            except ValueError as error:
+                problem = str(error)
+    if needed:
+        raise ValueError(problem)
+    return None, problem
+
+
+def _write(path: pathlib.Path, values: dict) -> None:
+    write_file(path, json.dumps(values, indent=2, default=str).encode())
