@@ -17,7 +17,7 @@ from rich.console import Console
 
 FOLDER = pathlib.Path(__file__).parent
 TASKS = ("digits", "characters")
-NEURONS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8)
+NEURONS = {"digits": (0.0, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8), "characters": (0.0, 0.3, 0.5, 0.65, 0.8)}
 SPARSITY = (0.0, 0.3, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95)
 BITS = (32, 8, 4, 2, 1)
 METRICS = ("val_accuracy", "packed_bytes", "tflite_bytes", "macs", "energy_pj")
@@ -33,19 +33,19 @@ def load(task: str) -> dict:
     return json.loads(path_of(task).read_text())
 
 
-def space():
+def space(task: str):
     """The space whose configurations are trained, each once."""
     from keras_squeeze.search.space import CompressionSpace
 
-    return CompressionSpace(neurons={"values": NEURONS}, sparsity={"values": SPARSITY}, bits=BITS)
+    return CompressionSpace(neurons={"values": NEURONS[task]}, sparsity={"values": SPARSITY}, bits=BITS)
 
 
-def grid() -> list[dict]:
+def grid(task: str) -> list[dict]:
     """Every configuration; with weights of one bit no sparsity."""
-    several = itertools.product(BITS, NEURONS, SPARSITY)
+    several = itertools.product(BITS, NEURONS[task], SPARSITY)
     found = [{"bits": bits, "neurons": neurons, "sparsity": sparsity} for bits, neurons, sparsity in several]
     return [values for values in found if values["bits"] != 1] + [
-        {"bits": 1, "neurons": neurons} for neurons in NEURONS if 1 in BITS
+        {"bits": 1, "neurons": neurons} for neurons in NEURONS[task] if 1 in BITS
     ]
 
 
@@ -98,7 +98,7 @@ def _train_float(task: str, folder: str) -> dict:
     import keras
 
     from keras_squeeze.recipe import Recipe
-    from keras_squeeze.search.results import write_result
+    from keras_squeeze.search.artifacts import write_result
 
     keras.utils.set_random_seed(0)
     train, test = _data(task)
@@ -114,14 +114,14 @@ def _run(task: str, folder: str, values: dict) -> dict:
     import keras
     import keras_tuner
 
-    from keras_squeeze.search.results import write_result
+    from keras_squeeze.search.artifacts import write_result
 
     train, test = _data(task)
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     hp = keras_tuner.HyperParameters()
     hp.values = dict(values)
-    recipe = space().recipe(hp)
+    recipe = space(task).recipe(hp)
     model = keras.models.load_model(pathlib.Path(folder, "float.keras"))
     trained = recipe.fit(model, *train, epochs=_epochs(task)[1], batch_size=64, verbose=0)
     with tempfile.TemporaryDirectory() as results:
@@ -143,7 +143,7 @@ def record(task: str, quick: bool, console: Console) -> None:
     path = path_of(task)
     found = {"trials": []} if quick or not path.exists() else load(task)
     done = [trial["values"] for trial in found["trials"]]
-    todo = [values for values in grid() if values not in done]
+    todo = [values for values in grid(task) if values not in done]
     todo = todo[:: len(todo) // 3] if quick else todo
     with tempfile.TemporaryDirectory() as folder, _pool() as pool, measuring.progress_bar(console) as progress:
         bar = progress.add_task(task, total=len(todo))

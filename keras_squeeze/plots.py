@@ -136,3 +136,68 @@ def plot_bars(names: Sequence[str], panels: Sequence[Bars], path: str | pathlib.
     axes.invert_yaxis()
     figure.savefig(path, dpi=150)
     return pathlib.Path(path)
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A finished trial in a picture of a front.
+
+    Attributes:
+        x, y: Its two metrics.
+        on_front: Whether it is one of the best trade-offs.
+    """
+
+    x: float
+    y: float
+    on_front: bool
+
+
+def plot_front(
+    points: Sequence[FrontPoint],
+    path: str | pathlib.Path,
+    *,
+    labels: tuple[str, str],
+    before: tuple[float, float] | None = None,
+    limits: Sequence[tuple[str, float]] = (),
+) -> pathlib.Path:
+    """Draws finished trials, the front among them as a line, and what the search began with.
+
+    Args:
+        points: The trials.
+        path: Where the picture goes; its suffix (`.png`, `.svg`, `.pdf`) chooses the format.
+        labels: Of the axes.
+        before: The model that the search began with, as `(x, y)`.
+        limits: Budgets, as `("x" or "y", value)`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: there is no point.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    if not points:
+        raise ValueError("There is no finished trial to draw.")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    others = [point for point in points if not point.on_front]
+    front = sorted((point for point in points if point.on_front), key=lambda point: point.x)
+    axes.scatter([p.x for p in others], [p.y for p in others], color="lightgrey", label="trials")
+    axes.plot([p.x for p in front], [p.y for p in front], marker="o", color="tab:blue", label="best trade-offs")
+    if before is not None:
+        axes.scatter(*before, marker="*", s=150, color="black", label="before")
+    for axis, value in limits:
+        line = axes.axvline if axis == "x" else axes.axhline
+        line(value, linestyle="--", color="tab:red", label="budget")
+    every = [*points, *([FrontPoint(*before, False)] if before else [])]
+    if min(point.x for point in every) > 0:
+        axes.set_xscale("log")
+    if all(0 <= point.y <= 1 for point in every):
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.set(xlabel=labels[0].replace("_", " "), ylabel=labels[1].replace("_", " "))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return pathlib.Path(path)

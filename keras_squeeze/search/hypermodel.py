@@ -13,8 +13,8 @@ from keras_tuner.src.engine.tuner_utils import SaveBestEpoch, TunerCallback
 
 from keras_squeeze.graphs import compile_like, functional_of
 from keras_squeeze.recipe import Recipe
+from keras_squeeze.search.artifacts import ARTIFACTS, Result, write_files, write_result
 from keras_squeeze.search.objectives import Budgets, direction_of, score
-from keras_squeeze.search.results import ARTIFACTS, Result, write_result
 from keras_squeeze.search.space import CompressionSpace
 from keras_squeeze.steps import FineTune
 
@@ -72,6 +72,12 @@ class CompressionHyperModel(keras_tuner.HyperModel):
         self._objectives: dict[str, Budgets] = {}
         self._finished: dict[str, pathlib.Path] = {}  # the directories of trials, by trial and by hyperparameters
 
+    @property
+    def metrics(self) -> list[str]:
+        """The names of what is measured."""
+        latency = ["latency_ms"] if self.latency else []
+        return [f"val_{self.metric}", "size_bytes", "tflite_bytes", "packed_bytes", "macs", "energy_pj", *latency]
+
     def objective(self, **budgets: float) -> keras_tuner.Objective:
         """One number to maximise, for tuners that take one: the metric, and below all of that what breaks a budget.
 
@@ -104,26 +110,16 @@ class CompressionHyperModel(keras_tuner.HyperModel):
         Returns:
             What was measured.
         """
-        if validation_data is None:
-            raise errors.FatalValueError(
-                "The finished model of each trial is measured on validation data: pass validation_data=(x_val, y_val) "
-                "to `search`. Received: validation_data=None"
-            )
         others, saver, tuner, trial = _sorted(callbacks)
         epochs, first = options.pop("epochs", 1), options.pop("initial_epoch", 0)
-        parent = hp.values.get(_PARENT)
-        recipe, source = self.space.recipe(hp), self.model
-        if parent:  # Hyperband has loaded the weights of that trial, whose recipe is done: it only trains on
-            source, recipe_to_run, epochs = model, Recipe([FineTune()]), epochs - first
-        else:
-            recipe_to_run = recipe
+        recipe, run, source = self.space.recipe(hp), None, None
+        if hp.values.get(_PARENT):  # Hyperband has loaded the weights of that trial, whose recipe is done
+            run, source, epochs = Recipe([FineTune()]), model, epochs - first
         with contextlib.ExitStack() as stack:
-            folder = (
-                tuner.get_trial_dir(trial.trial_id) if tuner else stack.enter_context(tempfile.TemporaryDirectory())
-            )
-            run = {"validation_data": validation_data, "callbacks": others, **options}
-            trained = recipe_to_run.fit(source, x, y, epochs=epochs, **run)
-            result = self.measure(trained, recipe, folder, x=x, validation_data=validation_data)
+            folder = tuner.get_trial_dir(trial.trial_id) if tuner else stack.enter_context(_temporary())
+            data = {"x": x, "y": y, "validation_data": validation_data}
+            how = {"epochs": epochs, "callbacks": others, **options}
+            trained, result = self.run(recipe, folder, **data, continued=run, model=source, **how)
             if saver is not None:
                 trained.save(pathlib.Path(folder, _TRAINED))
                 saver.set_model(trained)
@@ -131,18 +127,32 @@ class CompressionHyperModel(keras_tuner.HyperModel):
                 self._finished[trial.trial_id] = self._finished[_key(hp)] = pathlib.Path(folder)
         return result.metrics
 
-    def measure(self, model: keras.Model, recipe: Recipe, directory, *, x, validation_data) -> Result:
-        """Finishes a trained model, writes its files, and measures it.
+    def run(
+        self, recipe: Recipe, directory, *, x, y=None, validation_data=None, continued=None, model=None, **options
+    ) -> tuple[keras.Model, Result]:
+        """Runs a recipe on a copy of the model, and measures what comes out.
 
         Args:
-            model: What `Recipe.fit` returned.
-            recipe: What was done to it.
+            recipe: The recipe.
             directory: Where the files go.
-            x: Training data, whose first examples the `.tflite` file is compared on.
+            x, y: Training data.
             validation_data: What the metric is computed on.
+            continued: A recipe to run instead, on a model with which the first one was done already.
+            model: That model.
+            options: As for `Recipe.fit`.
+
+        Returns:
+            The trained model, with its quantizers, and the result.
         """
+        (x, y, weights), validation_data = split_validation(x, y, options, validation_data)
+        options = {
+            "validation_data": validation_data,
+            **options,
+            **({} if weights is None else {"sample_weight": weights}),
+        }
+        trained = (continued or recipe).fit(model or self.model, x, y, **options)
         result = write_result(
-            model,
+            trained,
             recipe,
             directory,
             metric=self.metric,
@@ -154,7 +164,47 @@ class CompressionHyperModel(keras_tuner.HyperModel):
         name = f"val_{self.metric}"
         for objective, budgets in self._objectives.items():
             result.metrics[objective] = score(result.metrics, name, direction_of(name), budgets)
-        return result
+        return trained, result
+
+    def estimate(self, recipe: Recipe, *, x, y=None) -> dict[str, float]:
+        """What a trial's model will take, by running its recipe without training: bytes, MACs, energy.
+
+        Args:
+            recipe: The recipe.
+            x, y: Training data, of which the first examples are used.
+        """
+        untrained = recipe.fit(self.model, x, y, epochs=0, verbose=0)
+        with _temporary() as folder:
+            return write_files(untrained, pathlib.Path(folder), x, artifact=self.artifact)[0]
+
+
+_temporary = tempfile.TemporaryDirectory
+
+
+def check_validation(options) -> None:
+    """Raises what ends a search at once where there is no data to judge a model on."""
+    if options.get("validation_data") is None and not options.get("validation_split"):
+        raise errors.FatalValueError(
+            "The finished model of each trial is measured on validation data: pass validation_data=(x_val, y_val) to "
+            "`search`. Received: validation_data=None"
+        )
+
+
+def split_validation(x, y, options: dict[str, Any], validation_data):
+    """Training and validation data, where Keras would split one off the other: the last part, in order."""
+    check_validation({**options, "validation_data": validation_data})
+    part, weights = options.pop("validation_split", 0.0), options.pop("sample_weight", None)
+    if validation_data is not None:
+        return (x, y, weights), validation_data
+    size = len(keras.tree.flatten(x)[0])
+    begin = int(size * (1 - part))
+    if not 0 < begin < size:
+        raise errors.FatalValueError(f"`validation_split` must be in (0, 1). Received: validation_split={part}")
+    first, last = (
+        keras.tree.map_structure(lambda array: array[bounds], (x, y, weights))
+        for bounds in (slice(None, begin), slice(begin, None))
+    )
+    return first, last if weights is not None else last[:2]
 
 
 def _sorted(callbacks) -> tuple[list, SaveBestEpoch | None, Any, Any]:

@@ -91,23 +91,46 @@ def write_result(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     plain = finished(model)
-    metrics: dict[str, float] = {f"val_{metric}": evaluate(plain, validation_data)[metric]}
-    report = summarize(model)
-    packed = save_packed(model, directory / ARTIFACTS["packed"])
-    needs_file = artifact == "tflite" or latency
-    shipped, problem = _export(model, directory / ARTIFACTS["tflite"], calibration_data, needs_file)
-    sizes = {"packed": packed, "tflite": None if shipped is None else shipped.num_bytes}
-    metrics |= {"size_bytes": sizes[artifact], "tflite_bytes": sizes["tflite"], "packed_bytes": packed}
-    metrics |= {"macs": report.total.macs, "energy_pj": report.total.energy_pj}
+    metrics = {f"val_{metric}": evaluate(plain, validation_data)[metric]}
+    sizes, about_file = write_files(model, directory, calibration_data, artifact=artifact, needs_file=latency)
+    metrics |= sizes
     if latency:
         metrics["latency_ms"] = measure_latency(directory / ARTIFACTS["tflite"]).median_ms
-    metrics = {name: float(value) for name, value in metrics.items() if value is not None}
     plain.save(directory / "model.keras")
     recipe.save(directory / "recipe.json")
-    about_file = {"problem": problem} if shipped is None else {**vars(shipped), "path": shipped.path.name}
-    _write(directory / "report.json", {"recipe": recipe.to_dict(), "export": about_file, "report": report.to_dict()})
+    report = {"recipe": recipe.to_dict(), "export": about_file, "report": summarize(model).to_dict()}
+    _write(directory / "report.json", report)
     _write(directory / "metrics.json", metrics)  # the last one: with it the trial is finished
     return Result(metrics, recipe, directory)
+
+
+def write_files(
+    model: keras.Model, directory: pathlib.Path, calibration_data, *, artifact: str, needs_file: bool = False
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Writes the `.tflite` and the packed file of a model.
+
+    Args:
+        model: With quantizers or without.
+        directory: Where they go.
+        calibration_data: Inputs.
+        artifact: The file whose size is `size_bytes`.
+        needs_file: Whether a `.tflite` file is needed although it is not the artifact.
+
+    Returns:
+        The sizes and the operations by name, and what is to be said about the `.tflite` file.
+
+    Raises:
+        ValueError: the converter cannot make a `.tflite` file of the model, and one is needed.
+    """
+    packed = save_packed(model, directory / ARTIFACTS["packed"])
+    needs_file = needs_file or artifact == "tflite"
+    shipped, problem = _export(model, directory / ARTIFACTS["tflite"], calibration_data, needs_file)
+    total = summarize(model).total
+    sizes = {"packed": packed, "tflite": None if shipped is None else shipped.num_bytes}
+    metrics = {"size_bytes": sizes[artifact], "tflite_bytes": sizes["tflite"], "packed_bytes": packed}
+    metrics |= {"macs": total.macs, "energy_pj": total.energy_pj}
+    about_file = {"problem": problem} if shipped is None else {**vars(shipped), "path": shipped.path.name}
+    return {name: float(value) for name, value in metrics.items() if value is not None}, about_file
 
 
 def evaluate(model: keras.Model, validation_data) -> dict[str, float]:

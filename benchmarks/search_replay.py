@@ -1,0 +1,181 @@
+"""How fast searches find the best trade-offs: oracles replayed on the trials that `search_trials.py` recorded.
+
+No training: a trial's metrics are looked up. Every oracle gets the same space, and is run with the same seeds.
+"""
+
+import functools
+import math
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+
+import measuring
+import numpy as np
+import search_trials
+import tables
+from measuring import Bar, Estimate
+from rich.console import Console
+
+SEEDS = range(10)
+TRIALS = 40
+ACCURACY, SIZE = "val_accuracy", "packed_bytes"
+POINTS_BELOW = 0.10  # of the reference point, below the float accuracy; its size is that of the float model
+ENOUGH = 0.95  # of the best hypervolume
+
+ORACLES = ("random", "tpe", "tpe, seeded", "nsga2", "Bayesian, forgiving", "Bayesian, budget")
+
+
+class Table:
+    """The recorded trials of one task."""
+
+    def __init__(self, task: str):
+        found = search_trials.load(task)
+        self.float, self.profile = found["float"], found["sensitivity"]
+        self.space = search_trials.space(task)
+        self.metrics = {_key(trial["values"]): trial["metrics"] for trial in found["trials"]}
+        self.best = self.volume(self.metrics.values())
+
+    def look_up(self, values: dict) -> dict:
+        return self.metrics[_key(values)]
+
+    def volume(self, metrics) -> float:
+        """The hypervolume of some trials, bytes on a log scale."""
+        from keras_squeeze.search.objectives import hypervolume
+
+        reference = (self.float[ACCURACY] - POINTS_BELOW, math.log(self.float[SIZE]))
+        points = [(each[ACCURACY], math.log(each[SIZE])) for each in metrics]
+        return hypervolume(points, ["max", "min"], reference)
+
+
+def _key(values: dict) -> tuple:
+    sparsity = None if values["bits"] == 1 else round(values["sparsity"], 3)
+    return values["bits"], round(values["neurons"], 3), sparsity
+
+
+@functools.cache
+def _table(task: str) -> Table:
+    return Table(task)
+
+
+def replay(task: str, name: str, seed: int, trials: int) -> list[float]:
+    """The hypervolume after each trial."""
+    import keras_tuner
+
+    table = _table(task)
+    hp = keras_tuner.HyperParameters()
+    table.space.recipe(hp)
+    seen, volumes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        oracle = _oracle(name, hp, seed, trials)
+        oracle._set_project_dir(folder, "replay")
+        oracle.verbose = 0
+        if "seeded" in name:
+            oracle.enqueue(_first(table))
+        for _ in range(trials):
+            trial = oracle.create_trial("tuner")
+            if trial.status != "RUNNING":
+                break
+            metrics = table.look_up(trial.hyperparameters.values)
+            oracle.update_trial(trial.trial_id, {**metrics, "score": _score(name, metrics, table)})
+            trial.status = "COMPLETED"
+            oracle.end_trial(trial)
+            seen.append(metrics)
+            volumes.append(table.volume(seen))
+    return volumes + [volumes[-1]] * (trials - len(volumes))
+
+
+def _first(table: Table) -> list[dict]:
+    from keras_squeeze.search.profiles import Sensitivity
+    from keras_squeeze.search.seeding import first_configurations
+
+    return first_configurations(Sensitivity.from_dict(table.profile), table.space)
+
+
+def _oracle(name: str, hp, seed: int, trials: int):
+    import keras_tuner
+
+    from keras_squeeze.search.oracle import ParetoOracle
+
+    options = {"max_trials": trials, "hyperparameters": hp, "seed": seed + 1}
+    if name == "random":
+        return keras_tuner.oracles.RandomSearchOracle(objective=keras_tuner.Objective(ACCURACY, "max"), **options)
+    if name.startswith("Bayesian"):
+        return keras_tuner.oracles.BayesianOptimizationOracle(objective=keras_tuner.Objective("score", "max"), **options)
+    return ParetoOracle([ACCURACY, SIZE], sampler=name.partition(",")[0], **options)
+
+
+def _score(name: str, metrics: dict, table: Table) -> float:
+    """What a tuner with one objective maximises."""
+    from keras_squeeze.search.objectives import Budgets, forgiving_score, score
+
+    if "budget" in name:
+        return score(metrics, ACCURACY, "max", Budgets.of(**{f"max_{SIZE}": table.float[SIZE] / 30}))
+    return forgiving_score(metrics, ACCURACY, "max", metrics[SIZE], table.float[SIZE])
+
+
+def main() -> None:
+    args = tables.parse(tables.make_parser(__doc__))
+    console = Console()
+    seeds = SEEDS[:1] if args.quick else SEEDS
+    runs = [(task, name, seed) for task in search_trials.TASKS for name in ORACLES for seed in seeds]
+    with _pool() as pool, measuring.progress_bar(console) as progress:
+        bar = progress.add_task("replaying", total=len(runs))
+        futures = {run: pool.submit(replay, *run, TRIALS) for run in runs}
+        volumes = {}
+        for run, future in futures.items():
+            volumes[run] = future.result()
+            measuring.advance(progress, bar)
+    text = _report(volumes, seeds)
+    console.print(text, markup=False, soft_wrap=True)
+    if args.write:
+        tables.write("search_replay", text)
+
+
+def _pool() -> ProcessPoolExecutor:
+    return measuring.own_process()
+
+
+def _report(volumes: dict, seeds) -> str:
+    rows, regrets, needed = [], {}, {}
+    for task in search_trials.TASKS:
+        best = _table(task).best
+        for name in ORACLES:
+            reached = np.array([volumes[task, name, seed] for seed in seeds]) / best
+            regrets[task, name] = 1 - reached[:, -1]
+            needed[task, name] = [_first_at(row) for row in reached]
+            row = (Estimate.of(regrets[task, name]), Estimate.of(needed[task, name]))
+            rows.append((f"{task}: {name}", row[0].text(4), row[1].text(0)))
+    header = ("oracle", f"regret after {TRIALS} trials [95 %]", f"trials to {ENOUGH:.0%} of the best [95 %]")
+    counts = ", ".join(f"{len(_table(task).metrics)} of {task}" for task in search_trials.TASKS)
+    about = (
+        f"{len(seeds)} seeds; recorded trials: {counts}; hypervolume of accuracy and the logarithm of the packed bytes, "
+        f"from the float model's size and {100 * POINTS_BELOW:.0f} points below its accuracy. "
+        f"{tables.machine('keras-tuner', 'optuna')}"
+    )
+    return "\n\n".join([tables.markdown(header, rows), measuring.bars_table(_bars(regrets, needed)), about])
+
+
+def _first_at(row: np.ndarray) -> float:
+    """The number of trials after which enough was reached; one more than there were where it was not."""
+    return float(np.argmax(row >= ENOUGH) + 1) if (row >= ENOUGH).any() else float(len(row) + 1)
+
+
+def _bars(regrets: dict, needed: dict) -> list[Bar]:
+    bars = []
+    for task in search_trials.TASKS:
+        random = float(np.median(regrets[task, "random"]))
+        bayesian = min(float(np.median(regrets[task, name])) for name in ORACLES if name.startswith("Bayesian"))
+        seeded, plain = (Estimate.of(regrets[task, name]) for name in ("tpe, seeded", "tpe"))
+        trials = Estimate.of(needed[task, "tpe, seeded"])
+        bars += [
+            Bar(f"{task}: regret with seeding, half of random's", random / 2, seeded, 4),
+            Bar(f"{task}: regret without it, random's", random, plain, 4),
+            Bar(f"{task}: regret with seeding, that of Bayesian optimisation", bayesian, seeded, 4),
+            Bar(f"{task}: trials needed, half of random's", np.median(needed[task, "random"]) / 2, trials, 0),
+        ]
+    return bars
+
+
+if __name__ == "__main__":
+    main()
+
+
