@@ -1,6 +1,9 @@
 """Make Keras models really smaller and really faster, from inside `model.fit`."""
 
-from keras_squeeze import criteria, schedules
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from keras_squeeze import criteria, schedules, steps
 from keras_squeeze.deployment.advice import advise
 from keras_squeeze.deployment.comparison import Comparison, compare
 from keras_squeeze.deployment.latency import Latency, measure_latencies, measure_latency
@@ -16,24 +19,38 @@ from keras_squeeze.quantization.conversion import finalize, quantize_aware
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.scheduling import QuantizationSchedule
 from keras_squeeze.quantization.wrapper import QuantizeAware
+from keras_squeeze.recipe import Recipe
 from keras_squeeze.report import CompressionReport, summarize
+from keras_squeeze.search.objectives import pareto_front
+# SENS
+from keras_squeeze.search.space import CompressionSpace
 from keras_squeeze.selection import register_layer
 from keras_squeeze.training import AfterTarget
+
+if TYPE_CHECKING:
+    from keras_squeeze.search.hypermodel import CompressionHyperModel
+    from keras_squeeze.search.oracle import ParetoOracle
+    from keras_squeeze.search.tuner import CompressionTuner
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AfterTarget",
     "Comparison",
+    "CompressionHyperModel",
     "CompressionReport",
+    "CompressionSpace",
+    "CompressionTuner",
     "ExportResult",
     "FakeQuantize",
     "KeepSparsity",
     "Latency",
     "MagnitudePruning",
     "NeuronPruning",
+    "ParetoOracle",
     "QuantizationSchedule",
     "QuantizeAware",
+    "Recipe",
     "advise",
     "compare",
     "criteria",
@@ -42,6 +59,7 @@ __all__ = [
     "load_packed",
     "measure_latencies",
     "measure_latency",
+    "pareto_front",
     "prune_neurons",
     "prune_weights",
     "quantize_aware",
@@ -50,6 +68,25 @@ __all__ = [
     "register_layer",
     "save_packed",
     "schedules",
+    # "sensitivity",
     "shrink",
+    "steps",
     "summarize",
 ]
+
+# What needs Keras Tuner is imported when it is asked for: that takes a second.
+_ON_DEMAND = {
+    "CompressionHyperModel": "keras_squeeze.search.hypermodel",
+    "CompressionTuner": "keras_squeeze.search.tuner",
+    "ParetoOracle": "keras_squeeze.search.oracle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ON_DEMAND[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})

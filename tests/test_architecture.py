@@ -43,6 +43,7 @@ STRANGERS = [("pruning", "quantization")]  # these never import each other
 HEAVY = {
     "ai_edge_litert",
     "ai_edge_quantizer",
+    "grpc",
     "keras_tuner",
     "matplotlib",
     "optuna",
@@ -56,6 +57,9 @@ HEAVY = {
     "tf_keras",
     "yaml",
 }
+
+# What derives from Keras Tuner's classes cannot wait; the package imports it only when it is asked for.
+DERIVED = {("search", name) for name in ("hypermodel", "oracle", "resuming", "chief", "saving", "tuner")}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 TREES = {path.relative_to(PACKAGE).with_suffix("").parts: ast.parse(path.read_text()) for path in FILES}
@@ -126,7 +130,8 @@ def test_no_module_is_named_for_being_useful():
 def test_nothing_heavy_is_imported_with_the_package(module):
     tree = ast.parse((PACKAGE / "__init__.py").read_text()) if module == ("__init__",) else TREES[module]
     at_import = AtImport().visit(ast.parse(ast.unparse(tree)))
-    assert not {name.split(".")[0] for name in imports(at_import)} & HEAVY
+    allowed = {"keras_tuner", "grpc"} if module in DERIVED else set()
+    assert not {name.split(".")[0] for name in imports(at_import)} & (HEAVY - allowed)
 
 
 @pytest.mark.parametrize("module", TREES, ids="/".join)

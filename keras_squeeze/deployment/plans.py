@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -48,13 +49,21 @@ class Plan:
         return isinstance(self.weights, Binary) and self.weights.inputs is not None
 
 
+@runtime_checkable
+class Planned(Protocol):
+    """What knows in these words what it does to a model: a `Recipe`."""
+
+    def plan(self) -> Mapping: ...
+
+
 def read_recipe(recipe) -> Plan:
     """What a user intends, checked."""
+    recipe = recipe.plan() if isinstance(recipe, Planned) else recipe
     known = ", ".join(map(repr, _KEYS))
     if recipe is None:
         return Plan()
     if not isinstance(recipe, Mapping):
-        raise TypeError(f"`recipe` must be None or a dict with any of the keys {known}. Received: {recipe!r}")
+        raise TypeError(f"`recipe` must be None, a `Recipe`, or a dict with any of the keys {known}. Received: {recipe!r}")
     if not recipe.keys() <= set(_KEYS):
         raise ValueError(f"`recipe` takes the keys {known}. Received: {', '.join(map(repr, recipe))}")
     sparsity = schedules.check_sparsity("sparsity", recipe.get("sparsity", 0.0))
