@@ -1,7 +1,7 @@
 """Pictures of what compression did. matplotlib is imported when a picture is drawn."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -136,3 +136,118 @@ def plot_bars(names: Sequence[str], panels: Sequence[Bars], path: str | pathlib.
     axes.invert_yaxis()
     figure.savefig(path, dpi=150)
     return pathlib.Path(path)
+
+
+_FEW = 8  # lines that can be told apart in one panel
+_WIDE = 20.0  # a ratio of values from which on a logarithmic axis shows more
+_DARK = 0.55  # the part of a colour map from which on text is white
+
+
+@dataclass(frozen=True)
+class Falls:
+    """How a metric falls with one way to compress.
+
+    Attributes:
+        title: What is compressed.
+        values: How much, from the mildest to the strongest.
+        labels: How these are written.
+        scores: The metric at each of them, for each of what is compressed.
+        begins_at_zero: Whether the values are fractions, and the metric at zero is that of the model as it is; else
+            the values are drawn evenly spaced.
+    """
+
+    title: str
+    values: Sequence[float]
+    labels: Sequence[str]
+    scores: Mapping[str, Sequence[float]]
+    begins_at_zero: bool
+
+
+def plot_falls(
+    names: Sequence[str],
+    panels: Sequence[Falls],
+    path: str | pathlib.Path,
+    *,
+    metric: str,
+    base: float,
+    text: Callable[[float], str],
+) -> pathlib.Path:
+    """Draws how a metric falls, a panel for each way to compress: lines or, for many names, heat maps.
+
+    Args:
+        names: What is compressed; the first one, all of it together, is drawn in black.
+        panels: The ways to compress.
+        path: Where the picture goes; its suffix (`.png`, `.svg`, `.pdf`) chooses the format.
+        metric: Its name.
+        base: The metric without compression.
+        text: How a value of the metric is written.
+
+    Returns:
+        The path.
+    """
+    draw = _draw_lines if len(names) - 1 <= _FEW else _draw_heat_maps
+    figure = draw(names, panels, metric, base, text)
+    figure.savefig(path, dpi=150)
+    return pathlib.Path(path)
+
+
+def _draw_lines(names, panels: Sequence[Falls], metric: str, base: float, text: Callable[[float], str]):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(1 + 3.6 * len(panels), 3.9 + 0.12 * len(names)), layout="constrained")
+    colors = ["black", *(f"C{index}" for index in range(len(names) - 1))]
+    found = [score for panel in panels for scores in panel.scores.values() for score in scores]
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True):
+        places = list(panel.values) if panel.begins_at_zero else list(range(1, len(panel.values) + 1))
+        for name, color in reversed(list(zip(names, colors, strict=True))):
+            if name in panel.scores:
+                style = {"color": color, "linewidth": 2.2 if name == names[0] else 1.4, "label": name}
+                axes.plot([0, *places], [base, *panel.scores[name]], marker="o", markersize=3.5, **style)
+        axes.axhline(base, linestyle="--", linewidth=1, color="grey", zorder=0)
+        if panel.begins_at_zero:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        else:
+            axes.set_xticks([0, *places], labels=["as it is", *panel.labels])
+        axes.set_xlabel(panel.title)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if min(base, *found) > 0 and max(found) > _WIDE * base:
+            axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axes = figure.axes[0]
+    axes.set_ylabel(metric.replace("_", " "))
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    shown = [name for name in names if name in lines]
+    figure.legend([lines[name] for name in shown], shown, loc="outside lower center", ncols=min(len(shown), 5))
+    return figure
+
+
+def _draw_heat_maps(names, panels: Sequence[Falls], metric: str, base: float, text: Callable[[float], str]):
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    widths = [len(panel.values) for panel in panels]
+    size = (2.2 + 0.55 * sum(widths), 1.4 + 0.24 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    nothing = (np.nan,) * max(widths)
+    tables = [np.array([panel.scores.get(name, nothing)[: len(panel.values)] for name in names]) for panel in panels]
+    worse_by = [np.abs(table - base) for table in tables]  # what improves does so by little
+    finite = np.concatenate([table[np.isfinite(table)] for table in worse_by])
+    most = float(np.quantile(finite, 0.98)) if finite.size else 0.0
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for panel, table, distance, axes in zip(panels, tables, worse_by, all_axes, strict=True):
+        axes.imshow(distance, cmap="Reds", vmin=0, vmax=most or 1, aspect="auto")
+        for (row, column), score in np.ndenumerate(table):
+            known = names[row] in panel.scores
+            color = "white" if known and not distance[row, column] < _DARK * (most or 1) else "black"
+            label = text(score).removesuffix("%") if known else "-"
+            axes.annotate(label, (column, row), ha="center", va="center", fontsize=7, color=color)
+        axes.axhline(0.5, color="black", linewidth=1)
+        axes.set_xticks(range(len(panel.values)), labels=list(panel.labels), fontsize=8)
+        axes.set_title(panel.title, fontsize=9)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    all_axes[0].set_yticks(range(len(names)), labels=list(names), fontsize=8)
+    figure.suptitle(f"{metric.replace('_', ' ')}: {text(base)} as it is", fontsize=10)
+    return figure

@@ -1,0 +1,1 @@
+"""Finding the best balance of compression and accuracy."""
