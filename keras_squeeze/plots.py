@@ -141,6 +141,7 @@ def plot_bars(names: Sequence[str], panels: Sequence[Bars], path: str | pathlib.
 _FEW = 8  # lines that can be told apart in one panel
 _WIDE = 20.0  # a ratio of values from which on a logarithmic axis shows more
 _DARK = 0.55  # the part of a colour map from which on text is white
+_OUTLIERS = 0.98  # the quantile from which on everything has the darkest colour
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ def plot_falls(
     *,
     metric: str,
     base: float,
+    worse_by: Callable[[float], float],
     text: Callable[[float], str],
 ) -> pathlib.Path:
     """Draws how a metric falls, a panel for each way to compress: lines or, for many names, heat maps.
@@ -180,18 +182,22 @@ def plot_falls(
         path: Where the picture goes; its suffix (`.png`, `.svg`, `.pdf`) chooses the format.
         metric: Its name.
         base: The metric without compression.
+        worse_by: How much worse than that a value of the metric is; negative: better.
         text: How a value of the metric is written.
 
     Returns:
         The path.
     """
-    draw = _draw_lines if len(names) - 1 <= _FEW else _draw_heat_maps
-    figure = draw(names, panels, metric, base, text)
+    title = metric.replace("_", " ")
+    if len(names) - 1 <= _FEW:
+        figure = _draw_lines(names, panels, title, base, text)
+    else:
+        figure = _draw_heat_maps(names, panels, f"{title}: {text(base)} as it is", worse_by, text)
     figure.savefig(path, dpi=150)
     return pathlib.Path(path)
 
 
-def _draw_lines(names, panels: Sequence[Falls], metric: str, base: float, text: Callable[[float], str]):
+def _draw_lines(names, panels: Sequence[Falls], title: str, base: float, text: Callable[[float], str]):
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -202,8 +208,9 @@ def _draw_lines(names, panels: Sequence[Falls], metric: str, base: float, text: 
         places = list(panel.values) if panel.begins_at_zero else list(range(1, len(panel.values) + 1))
         for name, color in reversed(list(zip(names, colors, strict=True))):
             if name in panel.scores:
-                style = {"color": color, "linewidth": 2.2 if name == names[0] else 1.4, "label": name}
-                axes.plot([0, *places], [base, *panel.scores[name]], marker="o", markersize=3.5, **style)
+                width = 2.2 if name == names[0] else 1.4
+                style = {"color": color, "linewidth": width, "marker": "o", "markersize": 3.5}
+                axes.plot([0, *places], [base, *panel.scores[name]], label=name, **style)
         axes.axhline(base, linestyle="--", linewidth=1, color="grey", zorder=0)
         if panel.begins_at_zero:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
@@ -215,39 +222,39 @@ def _draw_lines(names, panels: Sequence[Falls], metric: str, base: float, text: 
         if min(base, *found) > 0 and max(found) > _WIDE * base:
             axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axes = figure.axes[0]
-    axes.set_ylabel(metric.replace("_", " "))
+    figure.axes[0].set_ylabel(title)
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     shown = [name for name in names if name in lines]
     figure.legend([lines[name] for name in shown], shown, loc="outside lower center", ncols=min(len(shown), 5))
     return figure
 
 
-def _draw_heat_maps(names, panels: Sequence[Falls], metric: str, base: float, text: Callable[[float], str]):
+def _draw_heat_maps(names, panels: Sequence[Falls], title: str, worse_by, text: Callable[[float], str]):
     import numpy as np
     from matplotlib.figure import Figure
 
     widths = [len(panel.values) for panel in panels]
-    size = (2.2 + 0.55 * sum(widths), 1.4 + 0.24 * len(names))
-    figure = Figure(figsize=size, layout="constrained")
-    nothing = (np.nan,) * max(widths)
-    tables = [np.array([panel.scores.get(name, nothing)[: len(panel.values)] for name in names]) for panel in panels]
-    worse_by = [np.abs(table - base) for table in tables]  # what improves does so by little
-    finite = np.concatenate([table[np.isfinite(table)] for table in worse_by])
-    most = float(np.quantile(finite, 0.98)) if finite.size else 0.0
+    figure = Figure(figsize=(2.2 + 0.55 * sum(widths), 1.4 + 0.24 * len(names)), layout="constrained")
+    drops = [
+        {name: [max(worse_by(score), 0.0) for score in scores] for name, scores in panel.scores.items()}
+        for panel in panels
+    ]
+    finite = [drop for panel in drops for row in panel.values() for drop in row if np.isfinite(drop)]
+    darkest = float(np.quantile(finite, _OUTLIERS)) or 1.0 if finite else 1.0
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0]
-    for panel, table, distance, axes in zip(panels, tables, worse_by, all_axes, strict=True):
-        axes.imshow(distance, cmap="Reds", vmin=0, vmax=most or 1, aspect="auto")
-        for (row, column), score in np.ndenumerate(table):
-            known = names[row] in panel.scores
-            color = "white" if known and not distance[row, column] < _DARK * (most or 1) else "black"
-            label = text(score).removesuffix("%") if known else "-"
-            axes.annotate(label, (column, row), ha="center", va="center", fontsize=7, color=color)
+    for panel, dropped, axes in zip(panels, drops, all_axes, strict=True):
+        missing = [np.nan] * len(panel.values)
+        shades = np.minimum([dropped.get(name, missing) for name in names], darkest)
+        axes.imshow(shades, cmap="Reds", vmin=0, vmax=darkest, aspect="auto")
+        for (row, column), shade in np.ndenumerate(shades):
+            label = text(panel.scores[names[row]][column]) if names[row] in panel.scores else "-"
+            style = {"fontsize": 6.5, "color": "white" if shade > _DARK * darkest else "black"}
+            axes.annotate(label, (column, row), ha="center", va="center", **style)
         axes.axhline(0.5, color="black", linewidth=1)
         axes.set_xticks(range(len(panel.values)), labels=list(panel.labels), fontsize=8)
         axes.set_title(panel.title, fontsize=9)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     all_axes[0].set_yticks(range(len(names)), labels=list(names), fontsize=8)
-    figure.suptitle(f"{metric.replace('_', ' ')}: {text(base)} as it is", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     return figure

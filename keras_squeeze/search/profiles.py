@@ -214,7 +214,9 @@ class Sensitivity:
             scores = {curve.layer: curve.scores for curve in curves}
             panels.append(Falls(_TITLES[kind], curves[0].values, labels, scores, begins_at_zero=kind != "bits"))
         names = [WHOLE, *self.layers]
-        return plot_falls(names, panels, path, metric=self.metric, base=self.base, text=self._score)
+        return plot_falls(
+            names, panels, path, metric=self.metric, base=self.base, worse_by=self._worse_by, text=self._score
+        )
 
     def __str__(self) -> str:
         from rich.console import Group
@@ -268,7 +270,7 @@ class Sensitivity:
 
     def _score(self, value: float) -> str:
         is_fraction = self.metric.split("_")[-1] in ("accuracy", "acc")
-        return f"{value:.1%}" if is_fraction else f"{value:.3g}"
+        return f"{value:.1%}" if is_fraction else f"{value:#.3g}"
 
     def _worse_by(self, score: float) -> float:
         drop = self.base - score if self.direction == "max" else score - self.base

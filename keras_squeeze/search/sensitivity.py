@@ -19,7 +19,9 @@ from keras_squeeze.pruning.neuron_allocation import Limits
 from keras_squeeze.pruning.neurons import Neurons
 from keras_squeeze.quantization.quantizers import Affine, Binary
 from keras_squeeze.quantization.wrapper import _recurrent_states
+from keras_squeeze.report import _shortened
 from keras_squeeze.schedules import check_sparsity
+from keras_squeeze.search.metrics import check_compiled, find_metric
 from keras_squeeze.search.profiles import WHOLE, Curve, Sensitivity
 from keras_squeeze.selection import (
     CompressibleLayer,
@@ -33,7 +35,6 @@ from keras_squeeze.selection import (
 
 _BATCH = 250
 _MOST_BITS = 16
-_AGGREGATES = ("mean", "sum")  # metrics of Keras that may be of anything
 
 Units = dict[str, list[CompressibleLayer]]
 """What is compressed together, by name: each layer alone, the layers of a group, or all of them."""
@@ -103,7 +104,7 @@ def sensitivity(
         raise ValueError("There is nothing to try: `sparsities`, `neurons` and `bits` are all empty. Received: ()")
     selection = select_layers(model, layers)
     check_finite(selection.weights)
-    _check_compiled(model)
+    check_compiled(model)
     units, left_out = _units(selection.layers, groups)
     dataset, examples = _dataset(data, max_examples)
     with _left_as_found(model):
@@ -206,13 +207,12 @@ def _selectors(model, units: Units) -> tuple[dict[str, NeuronSelector], list[tup
 
 
 def _why_they_stay(found: Neurons, everything: Neurons, paths: list[str]) -> str:
-    joined = {path for group in everything.groups if set(group.paths) & set(paths) for path in group.paths}
-    others = sorted(joined - set(paths))
-    if others:
-        return f"they go only together with those of {', '.join(others)}; `groups` can put these together"
+    joined = {path: None for group in everything.groups if set(group.paths) & set(paths) for path in group.paths}
+    if joined:
+        return f"they go only together: {_shortened(list(joined))}; `groups` can put these together"
     reasons = [reason for path, reason in found.frozen if path in paths]
     if not reasons:
-        return "it computes none that are its own"
+        return "it has none of its own"
     known = [reason for reason in reasons if reason != "not selected"]
     return "; ".join(dict.fromkeys(known)) or "they go only together with those of layers that are not selected"
 
@@ -285,62 +285,11 @@ def _evaluate(model, dataset, name: str) -> float:
 def _first_look(model, dataset, metric) -> tuple[str, str, float]:
     """The name of the metric, the direction in which it is better, and what it is for the model as it is."""
     values = model.evaluate(dataset, verbose=0, return_dict=True)
-    ordered = [name for name in model.get_metrics_result() if name in values]  # `values` come sorted by name
-    name = _metric_name(model, metric, [*ordered, *(name for name in values if name not in ordered)])
-    direction = getattr(metric, "direction", None) or _direction(model, name)
-    if direction not in ("min", "max"):
-        raise ValueError(
-            f"It is not known whether more or less of the metric {name!r} is better. Say it: "
-            f'metric=keras_tuner.Objective({name!r}, "max"), or "min". Received: metric={metric!r}'
-        )
+    name, direction = find_metric(model, values, metric)
     base = float(values[name])
     if not np.isfinite(base):
         raise ValueError(f"The metric of the model as it is must be finite. Received: {name}={base}")
     return name, direction, base
-
-
-def _metric_name(model, metric, names: list[str]) -> str:
-    if metric is None:
-        losses = [name for name in names if name == "loss" or name.endswith("_loss")]
-        return next((name for name in names if name not in losses), names[0])
-    wanted = getattr(metric, "name", metric)
-    if not isinstance(wanted, str):
-        raise TypeError(f"`metric` must be a name, a `keras_tuner.Objective`, or None. Received: metric={metric!r}")
-    for name in (wanted, wanted.removeprefix("val_")):
-        if name in names:
-            return name
-    raise ValueError(
-        f"Model '{model.name}' is not compiled with this metric. It has {', '.join(names)}. Received: metric={wanted!r}"
-    )
-
-
-def _direction(model, name: str) -> str | None:
-    """Which way a metric is better: as Keras marks it, else as Keras Tuner knows it by its name."""
-    objects = [part for found in model.metrics for part in getattr(found, "metrics", [found])]
-    for part in sorted(objects, key=lambda part: -len(part.name)):
-        if name == part.name or name.endswith(f"_{part.name}"):
-            marked = {"up": "max", "down": "min"}.get(getattr(part, "_direction", None) or "")
-            if marked:  # Keras Tuner would minimise an F1 score
-                return marked
-    if name.endswith(("loss", "error")):
-        return "min"
-    from keras_tuner.src.engine.metrics_tracking import infer_metric_direction
-
-    words = name.split("_")
-    endings = ["_".join(words[first:]) for first in range(len(words))]  # of several outputs, the name begins with one
-    for ending in (ending for ending in endings if ending not in _AGGREGATES):
-        with contextlib.suppress(TypeError):  # of a metric that needs arguments
-            if infer_metric_direction(ending):
-                return infer_metric_direction(ending)
-    return None
-
-
-def _check_compiled(model) -> None:
-    if not getattr(model, "compiled", False):
-        raise ValueError(
-            f"Model '{model.name}' is not compiled, so it has no metric to look at. Call model.compile(optimizer, "
-            'loss, metrics=["accuracy"]) first; that leaves the weights as they are.'
-        )
 
 
 def _dataset(data, max_examples: int) -> tuple[Any, int]:
