@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_squeeze.criteria import _metrics_left_as_found, batches
+from keras_squeeze.deployment.comparison import _with_arrays
 from keras_squeeze.graphs import functional_of
 from keras_squeeze.progress import progress_bar
 from keras_squeeze.pruning import neuron_criteria
@@ -304,7 +305,7 @@ def _dataset(data, max_examples: int) -> tuple[Any, int]:
             f"generator: {data!r}"
         )
     parts, count = [], 0
-    for batch in batches(_thinned(data, max_examples), None, _BATCH):
+    for batch in batches(_thinned(_with_arrays(data), max_examples), None, _BATCH):
         part = _without_blanks(batch, max_examples - count)
         parts.append(part)
         count += len(keras.tree.flatten(part)[0])
