@@ -574,5 +574,9 @@ def test_the_picture(profile, tmp_path):
     assert all(f">layer_{index}<" in svg for index in range(12))
     assert svg.count(">30.0%<") == 13
     assert profile.plot(tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
+    diverged = hand_made(
+        0.1, "min", a="bits: 8 3, 4 nan, 1 inf", **{f"b{i}": "bits: 8 nan, 4 nan, 1 inf" for i in "12"}
+    )
+    assert diverged.plot(tmp_path / "diverged.png").stat().st_size > 1000
     worse = hand_made(0.1, "min", a="neurons: 0.5 3, 0.9 40000")
     assert worse.plot(tmp_path / "log.png").stat().st_size > 1000
