@@ -92,14 +92,15 @@ def _first(table: Table) -> list[dict]:
 
 def _oracle(name: str, hp, seed: int, trials: int):
     import keras_tuner
-
     from keras_squeeze.search.oracle import ParetoOracle
 
     options = {"max_trials": trials, "hyperparameters": hp, "seed": seed + 1}
     if name == "random":
         return keras_tuner.oracles.RandomSearchOracle(objective=keras_tuner.Objective(ACCURACY, "max"), **options)
     if name.startswith("Bayesian"):
-        return keras_tuner.oracles.BayesianOptimizationOracle(objective=keras_tuner.Objective("score", "max"), **options)
+        return keras_tuner.oracles.BayesianOptimizationOracle(
+            objective=keras_tuner.Objective("score", "max"), **options
+        )
     return ParetoOracle([ACCURACY, SIZE], sampler=name.partition(",")[0], **options)
 
 
@@ -177,5 +178,3 @@ def _bars(regrets: dict, needed: dict) -> list[Bar]:
 
 if __name__ == "__main__":
     main()
-
-

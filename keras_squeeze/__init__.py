@@ -22,7 +22,8 @@ from keras_squeeze.quantization.wrapper import QuantizeAware
 from keras_squeeze.recipe import Recipe
 from keras_squeeze.report import CompressionReport, summarize
 from keras_squeeze.search.objectives import pareto_front
-# SENS
+from keras_squeeze.search.profiles import Sensitivity
+from keras_squeeze.search.sensitivity import sensitivity
 from keras_squeeze.search.space import CompressionSpace
 from keras_squeeze.selection import register_layer
 from keras_squeeze.training import AfterTarget
@@ -51,6 +52,7 @@ __all__ = [
     "QuantizationSchedule",
     "QuantizeAware",
     "Recipe",
+    "Sensitivity",
     "advise",
     "compare",
     "criteria",
@@ -68,7 +70,7 @@ __all__ = [
     "register_layer",
     "save_packed",
     "schedules",
-    # "sensitivity",
+    "sensitivity",
     "shrink",
     "steps",
     "summarize",

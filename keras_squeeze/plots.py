@@ -1,7 +1,7 @@
 """Pictures of what compression did. matplotlib is imported when a picture is drawn."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -201,3 +201,125 @@ def plot_front(
     axes.legend()
     figure.savefig(path, dpi=150)
     return pathlib.Path(path)
+
+
+_FEW = 8  # lines that can be told apart in one panel
+_WIDE = 20.0  # a ratio of values from which on a logarithmic axis shows more
+_DARK = 0.55  # the part of a colour map from which on text is white
+_OUTLIERS = 0.98  # the quantile from which on everything has the darkest colour
+
+
+@dataclass(frozen=True)
+class Falls:
+    """How a metric falls with one way to compress.
+
+    Attributes:
+        title: What is compressed.
+        values: How much, from the mildest to the strongest.
+        labels: How these are written.
+        scores: The metric at each of them, for each of what is compressed.
+        begins_at_zero: Whether the values are fractions, and the metric at zero is that of the model as it is; else
+            the values are drawn evenly spaced.
+    """
+
+    title: str
+    values: Sequence[float]
+    labels: Sequence[str]
+    scores: Mapping[str, Sequence[float]]
+    begins_at_zero: bool
+
+
+def plot_falls(
+    names: Sequence[str],
+    panels: Sequence[Falls],
+    path: str | pathlib.Path,
+    *,
+    metric: str,
+    base: float,
+    worse_by: Callable[[float], float],
+    text: Callable[[float], str],
+) -> pathlib.Path:
+    """Draws how a metric falls, a panel for each way to compress: lines or, for many names, heat maps.
+
+    Args:
+        names: What is compressed; the first one, all of it together, is drawn in black.
+        panels: The ways to compress.
+        path: Where the picture goes; its suffix (`.png`, `.svg`, `.pdf`) chooses the format.
+        metric: Its name.
+        base: The metric without compression.
+        worse_by: How much worse than that a value of the metric is; negative: better.
+        text: How a value of the metric is written.
+
+    Returns:
+        The path.
+    """
+    title = metric.replace("_", " ")
+    if len(names) - 1 <= _FEW:
+        figure = _draw_lines(names, panels, title, base, text)
+    else:
+        figure = _draw_heat_maps(names, panels, f"{title}: {text(base)} as it is", worse_by, text)
+    figure.savefig(path, dpi=150)
+    return pathlib.Path(path)
+
+
+def _draw_lines(names, panels: Sequence[Falls], title: str, base: float, text: Callable[[float], str]):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(1 + 3.6 * len(panels), 3.9 + 0.12 * len(names)), layout="constrained")
+    colors = ["black", *(f"C{index}" for index in range(len(names) - 1))]
+    found = [score for panel in panels for scores in panel.scores.values() for score in scores]
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True):
+        places = list(panel.values) if panel.begins_at_zero else list(range(1, len(panel.values) + 1))
+        for name, color in reversed(list(zip(names, colors, strict=True))):
+            if name in panel.scores:
+                width = 2.2 if name == names[0] else 1.4
+                style = {"color": color, "linewidth": width, "marker": "o", "markersize": 3.5}
+                axes.plot([0, *places], [base, *panel.scores[name]], label=name, **style)
+        axes.axhline(base, linestyle="--", linewidth=1, color="grey", zorder=0)
+        if panel.begins_at_zero:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        else:
+            axes.set_xticks([0, *places], labels=["as it is", *panel.labels])
+        axes.set_xlabel(panel.title)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if min(base, *found) > 0 and max(found) > _WIDE * base:
+            axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    figure.axes[0].set_ylabel(title)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    shown = [name for name in names if name in lines]
+    figure.legend([lines[name] for name in shown], shown, loc="outside lower center", ncols=min(len(shown), 5))
+    return figure
+
+
+def _draw_heat_maps(names, panels: Sequence[Falls], title: str, worse_by, text: Callable[[float], str]):
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    widths = [len(panel.values) for panel in panels]
+    figure = Figure(figsize=(2.2 + 0.55 * sum(widths), 1.4 + 0.24 * len(names)), layout="constrained")
+    drops = [
+        {name: [max(worse_by(score), 0.0) for score in scores] for name, scores in panel.scores.items()}
+        for panel in panels
+    ]
+    finite = [drop for panel in drops for row in panel.values() for drop in row if np.isfinite(drop)]
+    darkest = float(np.quantile(finite, _OUTLIERS)) or 1.0 if finite else 1.0
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for panel, dropped, axes in zip(panels, drops, all_axes, strict=True):
+        missing = [np.nan] * len(panel.values)
+        shades = np.minimum([dropped.get(name, missing) for name in names], darkest)
+        axes.imshow(shades, cmap="Reds", vmin=0, vmax=darkest, aspect="auto")
+        for (row, column), shade in np.ndenumerate(shades):
+            label = text(panel.scores[names[row]][column]) if names[row] in panel.scores else "-"
+            style = {"fontsize": 6.5, "color": "white" if shade > _DARK * darkest else "black"}
+            axes.annotate(label, (column, row), ha="center", va="center", **style)
+        axes.axhline(0.5, color="black", linewidth=1)
+        axes.set_xticks(range(len(panel.values)), labels=list(panel.labels), fontsize=8)
+        axes.set_title(panel.title, fontsize=9)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    all_axes[0].set_yticks(range(len(names)), labels=list(names), fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure

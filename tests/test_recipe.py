@@ -168,7 +168,9 @@ def test_json_and_yaml_round_trip(step, tmp_path):
 
 def test_a_recipe_that_was_read_does_the_same(trained):
     model, train, test = trained
-    recipe = ks.Recipe([PruneWeights({"conv": 0.3, "hidden": schedules.Cosine(0.8)}), Quantize(ks.quantizers.Affine(6))])
+    recipe = ks.Recipe(
+        [PruneWeights({"conv": 0.3, "hidden": schedules.Cosine(0.8)}), Quantize(ks.quantizers.Affine(6))]
+    )
     outputs = []
     for each in (recipe, ks.Recipe.from_json(recipe.to_json())):
         keras.utils.set_random_seed(5)

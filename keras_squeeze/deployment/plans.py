@@ -63,7 +63,9 @@ def read_recipe(recipe) -> Plan:
     if recipe is None:
         return Plan()
     if not isinstance(recipe, Mapping):
-        raise TypeError(f"`recipe` must be None, a `Recipe`, or a dict with any of the keys {known}. Received: {recipe!r}")
+        raise TypeError(
+            f"`recipe` must be None, a `Recipe`, or a dict with any of the keys {known}. Received: {recipe!r}"
+        )
     if not recipe.keys() <= set(_KEYS):
         raise ValueError(f"`recipe` takes the keys {known}. Received: {', '.join(map(repr, recipe))}")
     sparsity = schedules.check_sparsity("sparsity", recipe.get("sparsity", 0.0))
