@@ -148,8 +148,8 @@ def _report(volumes: dict, seeds) -> str:
     header = ("oracle", f"regret after {TRIALS} trials [95 %]", f"trials to {ENOUGH:.0%} of the best [95 %]")
     counts = ", ".join(f"{len(_table(task).metrics)} of {task}" for task in search_trials.TASKS)
     about = (
-        f"{len(seeds)} seeds; recorded trials: {counts}; hypervolume of accuracy and the logarithm of the packed bytes, "
-        f"from the float model's size and {100 * POINTS_BELOW:.0f} points below its accuracy. "
+        f"{len(seeds)} seeds; recorded trials: {counts}; hypervolume of accuracy and the logarithm of the packed "
+        f"bytes, from the float model's size and {100 * POINTS_BELOW:.0f} points below its accuracy. "
         f"{tables.machine('keras-tuner', 'optuna')}"
     )
     return "\n\n".join([tables.markdown(header, rows), measuring.bars_table(_bars(regrets, needed)), about])

@@ -117,7 +117,7 @@ def test_binary_weights(trained):
 def test_a_teacher_draws_the_student_to_its_answers(trained):
     """The loss is the divergence of Hinton et al., here from its definition."""
     model, train, test = trained
-    pruned = ks.Recipe([PruneWeights(0.9, share=0)]).fit(model, *train, epochs=0, verbose=0)
+    pruned = ks.Recipe([PruneWeights(0.5, share=0)]).fit(model, *train, epochs=0, verbose=0)
 
     def distance(student):
         wanted, given = (m.predict(test[0], verbose=0) / 4 for m in (model, student))
@@ -126,9 +126,9 @@ def test_a_teacher_draws_the_student_to_its_answers(trained):
         return (p * np.log(p / q)).sum(-1).mean()
 
     taught, alone = (
-        ks.Recipe([FineTune(distillation=weight)]).fit(pruned, *train, epochs=3, verbose=0) for weight in (10.0, 0.0)
+        ks.Recipe([FineTune(distillation=weight)]).fit(pruned, *train, epochs=8, verbose=0) for weight in (1.0, 0.0)
     )
-    assert distance(taught) < 0.5 * distance(alone)
+    assert distance(taught) < 0.25 * distance(alone)
     assert [layer.name for layer in taught.layers] == [layer.name for layer in model.layers]
     assert all(layer.trainable for layer in model.layers)
 
@@ -244,7 +244,7 @@ def test_datasets(trained):
     import tensorflow as tf
 
     model, (x, y), test = trained
-    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(50)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(2000, seed=0).batch(50)
     recipe = ks.Recipe([PruneNeurons(0.3, criterion="taylor"), PruneWeights(0.4), Quantize()])
     small = recipe.fit(model, data, epochs=3, verbose=0)
     assert accuracy(small, test) > 0.7
@@ -328,7 +328,7 @@ def test_bad_runs(trained, tmp_path):
         recipe.fit(model, iter([(x, y)]))
     with pytest.raises(ValueError, match="begins at epoch 0"):
         recipe.fit(model, x, y, epochs=3, initial_epoch=1)
-    with pytest.raises(ValueError, match="Step 1 of the recipe, prune_weights: .*nothing"):
+    with pytest.raises(ValueError, match=r"Step 1 of the recipe, prune_weights: .*nothing"):
         ks.Recipe([PruneWeights(0.5, layers="nothing")]).fit(model, x, y, verbose=0)
     two = ks.Recipe([PruneWeights(0.5), FineTune()])
     with pytest.raises(ValueError, match="BackupAndRestore resumes one `fit`"):

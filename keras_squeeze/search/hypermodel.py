@@ -1,6 +1,7 @@
 """`CompressionHyperModel`: what Keras Tuner builds and trains in each trial."""
 
 import contextlib
+import operator
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -201,7 +202,7 @@ def split_validation(x, y, options: dict[str, Any], validation_data):
     if not 0 < begin < size:
         raise errors.FatalValueError(f"`validation_split` must be in (0, 1). Received: validation_split={part}")
     first, last = (
-        keras.tree.map_structure(lambda array: array[bounds], (x, y, weights))
+        keras.tree.map_structure(operator.itemgetter(bounds), (x, y, weights))
         for bounds in (slice(None, begin), slice(begin, None))
     )
     return first, last if weights is not None else last[:2]

@@ -292,9 +292,8 @@ def _explicit(name: str, value: Mapping) -> tuple[list, float | None, bool]:
         return list(value["values"]), None, False
     if {"min", "max"} <= set(value) <= {"min", "max", "step"}:
         return [value["min"], value["max"]], value.get("step"), True
-    raise ValueError(
-        f'`{name}` as a dict is {{"values": [...]}} or {{"min": ..., "max": ..., "step": ...}}. Received: {dict(value)!r}'
-    )
+    forms = '{"values": [...]} or {"min": ..., "max": ..., "step": ...}'
+    raise ValueError(f"`{name}` as a dict is {forms}. Received: {dict(value)!r}")
 
 
 def _rate(name: str, value) -> Dimension:

@@ -21,7 +21,7 @@ from keras_squeeze.search.objectives import Budgets, direction_of, pareto_front
 from keras_squeeze.search.oracle import ParetoOracle
 from keras_squeeze.search.seeding import first_configurations
 from keras_squeeze.search.sensitivity import sensitivity as profile_of
-from keras_squeeze.search.watching import STOPPED_EARLY, Stopped, Watch
+from keras_squeeze.search.watching import STOPPED_EARLY, HopelessTrialError, Watch
 
 _FEW_EPOCHS = 4  # of a trial, that is over before there is a reason to stop it
 
@@ -140,7 +140,7 @@ class CompressionTuner(keras_tuner.Tuner):
                 callbacks.append(self._watch(recipe, trial.trial_id, {**data, **kwargs}))
             try:
                 _, result = self.hypermodel.run(recipe, directory, **data, callbacks=callbacks, **kwargs)
-            except Stopped as stopped:
+            except HopelessTrialError as stopped:
                 return stopped.metrics
         _write_scalars(result.metrics, callbacks)
         return result.metrics

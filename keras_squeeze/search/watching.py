@@ -9,7 +9,7 @@ PROGRESS = "progress/"
 STOPPED_EARLY = "stopped_early"
 
 
-class Stopped(Exception):
+class HopelessTrialError(Exception):
     """Raised inside of a trial that has no chance to reach the front.
 
     Attributes:
@@ -45,4 +45,4 @@ class Watch(keras.callbacks.Callback):
         report: dict[str, Any] = {f"{PROGRESS}{name}": number for name, number in known.items()}
         trial = self._oracle.update_trial(self._trial_id, {**report, f"{PROGRESS}done": (epoch + 1) / self._epochs})
         if trial.status == "STOPPED" and epoch + 1 < self._epochs:
-            raise Stopped({**known, STOPPED_EARLY: 1.0})
+            raise HopelessTrialError({**known, STOPPED_EARLY: 1.0})
