@@ -1,0 +1,1 @@
+"""The search for the best balance of size and accuracy, with Keras Tuner."""
