@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from keras_tuner.engine.trial import Trial, TrialStatus
 
+from keras_squeeze.search.configurations import identity
 from keras_squeeze.search.objectives import Budgets, direction_of, pareto_front
 from keras_squeeze.search.results import (
     as_objectives,
@@ -18,8 +19,7 @@ from keras_squeeze.search.results import (
     record,
     was_stopped,
 )
-from keras_squeeze.search.resuming import ENDED, ResumableOracle
-from keras_squeeze.search.configurations import identity
+from keras_squeeze.search.resuming import ResumableOracle
 from keras_squeeze.search.sampling import SAMPLERS, Observation, Proposer
 
 PROGRESS = "progress/"  # metrics that tell how a trial is doing begin so, and are no results
@@ -138,7 +138,7 @@ class ParetoOracle(ResumableOracle):
         """
         with self.lock:
             trial = self.trials[trial_id]
-            if trial.status in ENDED:  # by another worker, after this one was thought dead
+            if self.has_ended(trial_id):  # by another worker, after this one was thought dead
                 return trial
             if any(name.startswith(PROGRESS) for name in metrics):
                 return self._follow(trial, metrics)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_squeeze.search.objectives import direction_of, goodness, is_size
 from keras_squeeze.search.configurations import filled, nearest
+from keras_squeeze.search.objectives import direction_of, goodness, is_size
 
 STOPPED_EARLY = "stopped_early"
 

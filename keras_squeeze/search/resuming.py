@@ -11,7 +11,7 @@ from keras_tuner.engine.trial import Trial, TrialStatus
 
 from keras_squeeze.search.saving import check_same_objectives, check_same_space, load_json, load_trials, save_json
 
-ENDED = (TrialStatus.COMPLETED, TrialStatus.FAILED)
+_ENDED = (TrialStatus.COMPLETED, TrialStatus.FAILED)
 
 _HOPELESS = 10  # when so many trials were made and all failed, the reason is not the recipes
 _TIMES_LOST = 2  # how often a trial is begun again after what ran it had died
@@ -75,7 +75,7 @@ class ResumableOracle(keras_tuner.Oracle):
             stored = self.trials[trial.trial_id]
             given_away = tuner_id is not None and self.ongoing_trials.get(tuner_id) is not stored
             useless = trial.status != TrialStatus.COMPLETED or self.flaw(stored) is not None
-            if stored.status in ENDED or (given_away and useless):
+            if self.has_ended(trial.trial_id) or (given_away and useless):
                 return
             stored.hyperparameters, stored.status, stored.message = trial.hyperparameters, trial.status, trial.message
             self.update_space(trial.hyperparameters)
@@ -94,6 +94,10 @@ class ResumableOracle(keras_tuner.Oracle):
                 self._lose(trial, reason)
                 self._save_trial(trial)
                 self.save()
+
+    def has_ended(self, trial_id: str) -> bool:
+        """Whether a trial has its result; its status may say so before, since a tuner in this process sets it."""
+        return trial_id in self.end_order
 
     def unfinished(self) -> int:
         """How many trials are still to be ended, of those that were begun."""
@@ -149,7 +153,7 @@ class ResumableOracle(keras_tuner.Oracle):
         for trial_id, trial in self.trials.items():
             if trial.status == TrialStatus.RUNNING:
                 self._lose(trial, "The process ended while it ran.")
-            elif trial.status in ENDED and trial_id not in self.end_order:
+            elif trial.status in _ENDED and trial_id not in self.end_order:
                 self.end_order.append(trial_id)
             if trial.status == TrialStatus.COMPLETED:
                 self.score_trial(trial)
