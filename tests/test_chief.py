@@ -13,13 +13,10 @@ import threading
 import time
 
 import pytest
-import searches
 from searches import ask_and_tell, in_directory, oracle, results
 
 from keras_squeeze.search.chief import Heartbeat, heartbeat_seconds, serve
 from keras_squeeze.search.configurations import identity
-
-pytestmark = pytest.mark.filterwarnings("ignore:currentThread:DeprecationWarning")
 
 
 @pytest.fixture
@@ -355,28 +352,35 @@ def test_one_worker_is_killed_and_the_others_finish(tmp_path, processes):
         assert trial.score == results(trial.hyperparameters.values)["val_accuracy"]
 
 
-def test_all_workers_are_killed_then_the_chief_and_the_search_goes_on(tmp_path, processes):
-    chief = processes.start("chief", 9, 2)
-    worker = processes.start("worker0", 9, 2)
+def test_all_workers_are_killed_and_the_chief_ends(tmp_path, processes):
+    chief = processes.start("chief", 6, 2)
+    worker = processes.start("worker0", 6, 2)
     processes.wait_for(lambda: len(processes.runs()) >= 3)
     kill(worker)
     assert chief.wait(60) == 0, processes.output()
-    assert "of 9 trials are still to be done" in (tmp_path / "chief.txt").read_text()
-    before = in_directory(oracle(9), tmp_path)
-    before.reload()
-    done = {x.trial_id: x.score for x in before.completed_trials()}
+    assert "of 6 trials are still to be done" in (tmp_path / "chief.txt").read_text()
+    made = in_directory(oracle(6, seed=1), tmp_path)
+    made.reload()
+    done = {x.trial_id: x.score for x in made.completed_trials()}
     assert len(done) >= 2
-    chief = processes.start("chief", 9, 2)
-    worker = processes.start("worker0", 9, 2)
-    runs = len(processes.runs())
-    processes.wait_for(lambda: len(processes.runs()) >= runs + 2)
+    assert len(ask_and_tell(made)) == 6 - len(done), "what was finished is kept"
+    assert {x.trial_id: x.score for x in made.completed_trials()}.items() >= done.items()
+    assert len(made.completed_trials()) == len(made.end_order) == 6
+
+
+def test_the_chief_is_killed_and_started_again(tmp_path, processes):
+    chief = processes.start("chief", 8, 4, seconds=0.5)
+    worker = processes.start("worker0", 8, 4, seconds=0.5)
+    processes.wait_for(lambda: len(processes.runs()) >= 3)
     kill(chief)
-    chief = processes.start("chief", 9, 2)
+    done = {trial for _, trial in processes.runs()[:-1]}
+    chief = processes.start("chief", 8, 4)
     assert worker.wait(60) == 0, processes.output()
     assert chief.wait(60) == 0, processes.output()
-    made = in_directory(oracle(9), tmp_path)
+    runs = collections.Counter(trial for _, trial in processes.runs())
+    assert all(runs[trial] == 1 for trial in done), "what was finished is kept"
+    made = in_directory(oracle(8), tmp_path)
     made.reload()
-    assert len(made.completed_trials()) == 9
-    assert {x.trial_id: x.score for x in made.completed_trials()}.items() >= done.items()
-    assert not set(done) & {trial for _, trial in processes.runs()[runs:]}, "what was finished is kept"
-    assert searches.results(made.trials["0000"].hyperparameters.values)["val_accuracy"] == made.trials["0000"].score
+    assert len(made.completed_trials()) == len(made.end_order) == 8
+    for trial in made.completed_trials():
+        assert trial.score == results(trial.hyperparameters.values)["val_accuracy"]
