@@ -1,7 +1,9 @@
 """A chief or a worker in a process of its own; which, the variables of Keras Tuner say. Run by test_chief.py."""
 
+import contextlib
 import os
 import pathlib
+import socket
 import sys
 import time
 
@@ -26,9 +28,19 @@ class Worker(searches.Search):
         return searches.results(trial.hyperparameters.values)
 
 
+def wait_for_chief() -> None:
+    """Until somebody listens: what connects too early waits longer and longer between its attempts."""
+    address = os.environ["KERASTUNER_ORACLE_IP"], int(os.environ["KERASTUNER_ORACLE_PORT"])
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=1):
+            return
+        time.sleep(0.1)
+
+
 def main(max_trials: str, dead_after: str, seconds: str) -> None:
     made = searches.oracle(int(max_trials), seed=1)
     if "chief" not in os.environ["KERASTUNER_TUNER_ID"]:
+        wait_for_chief()
         arguments = {"seconds": float(seconds), "dead_after": float(dead_after), "directory": "."}
         worker = Worker(made, project_name="search", **arguments)
         assert not isinstance(worker.oracle, kt.Oracle)
