@@ -56,8 +56,8 @@ def _table(task: str) -> Table:
     return Table(task)
 
 
-def replay(task: str, name: str, seed: int, trials: int) -> list[float]:
-    """The hypervolume after each trial."""
+def replay(task: str, name: str, seed: int, trials: int) -> tuple[list[float], list[dict]]:
+    """The hypervolume after each trial, and what the trials measured."""
     import keras_tuner
 
     table = _table(task)
@@ -80,7 +80,7 @@ def replay(task: str, name: str, seed: int, trials: int) -> list[float]:
             oracle.end_trial(trial)
             seen.append(metrics)
             volumes.append(table.volume(seen))
-    return volumes + [volumes[-1]] * (trials - len(volumes))
+    return volumes + [volumes[-1]] * (trials - len(volumes)), seen
 
 
 def _first(table: Table) -> list[dict]:
@@ -121,14 +121,15 @@ def main() -> None:
     with _pool() as pool, measuring.progress_bar(console) as progress:
         bar = progress.add_task("replaying", total=len(runs))
         futures = {run: pool.submit(replay, *run, TRIALS) for run in runs}
-        volumes = {}
+        volumes, seen = {}, {}
         for run, future in futures.items():
-            volumes[run] = future.result()
+            volumes[run], seen[run] = future.result()
             measuring.advance(progress, bar)
-    text = _report(volumes, seeds)
-    console.print(text, markup=False, soft_wrap=True)
-    if args.write:
-        tables.write("search_replay", text)
+    texts = {"search_replay": _report(volumes, seeds), "search_techniques": _techniques(seen, seeds)}
+    for name, text in texts.items():
+        console.print(text, markup=False, soft_wrap=True)
+        if args.write:
+            tables.write(name, text)
 
 
 def _pool() -> ProcessPoolExecutor:
@@ -158,6 +159,41 @@ def _report(volumes: dict, seeds) -> str:
 def _first_at(row: np.ndarray) -> float:
     """The number of trials after which enough was reached; one more than there were where it was not."""
     return float(np.argmax(row >= ENOUGH) + 1) if (row >= ENOUGH).any() else float(len(row) + 1)
+
+
+def _techniques(seen: dict, seeds) -> str:
+    """For every result of one technique alone: the most accurate one of a search that is no larger."""
+    rows, lost = [], []
+    for task in search_trials.TASKS:
+        table = _table(task)
+        for technique, chosen in _SINGLE.items():
+            for key in filter(chosen, table.metrics):
+                alone = table.metrics[key]
+                if alone[ACCURACY] < table.float[ACCURACY] - POINTS_BELOW:
+                    continue  # worse than the reference point
+                best = [_within(seen[task, "tpe, seeded", seed], alone[SIZE]) for seed in seeds]
+                gain = Estimate.of([100 * (each - alone[ACCURACY]) for each in best])
+                lost.append(-gain.median)
+                cells = (f"{alone[SIZE]:,.0f}", f"{alone[ACCURACY]:.1%}", f"{np.median(best):.1%}", gain.text(2))
+                rows.append((f"{task}: {technique}, {_amount(technique, key)}", *cells))
+    header = ("one technique alone", "packed bytes", "accuracy", "found by a search, no larger", "points more [95 %]")
+    worst = f"{len(SEEDS)} searches of {TRIALS} trials with seeding; the least gain of all rows is {-max(lost):.2f} points."
+    return "\n\n".join([tables.markdown(header, rows), worst])
+
+
+_SINGLE = {
+    "neurons": lambda key: key[0] == 32 and key[1] > 0 and key[2] == 0,
+    "pruning": lambda key: key[0] == 32 and key[1] == 0 and key[2] > 0,
+    "int8": lambda key: key == (8, 0.0, 0.0),
+}
+
+
+def _amount(technique: str, key: tuple) -> str:
+    return {"neurons": f"{key[1]:.0%}", "pruning": f"{key[2] or 0:.0%}", "int8": "8 bits"}[technique]
+
+
+def _within(metrics: list[dict], size: float) -> float:
+    return max((each[ACCURACY] for each in metrics if each[SIZE] <= size), default=0.0)
 
 
 def _bars(regrets: dict, needed: dict) -> list[Bar]:
