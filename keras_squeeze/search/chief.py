@@ -159,7 +159,8 @@ class _Servicer(OracleServicer):
         with self.oracle.lock:
             self._hear(context, request.trial.trial_id)
             try:
-                self.oracle.end_trial(Trial.from_proto(request.trial), tuner_id=self._tuners.get(context.peer()))
+                if request.trial.trial_id in self.oracle.trials:  # else of a search that was here before
+                    self.oracle.end_trial(Trial.from_proto(request.trial), tuner_id=self._tuners.get(context.peer()))
             except Exception as error:
                 self.error = error
             return protos.get_service().EndTrialResponse()
