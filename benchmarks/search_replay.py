@@ -68,6 +68,7 @@ def replay(task: str, name: str, seed: int, trials: int) -> tuple[list[float], l
         oracle = _oracle(name, hp, seed, trials)
         oracle._set_project_dir(folder, "replay")
         oracle.verbose = 0
+        oracle.save = oracle._save_trial = lambda *_: None  # nothing is to be resumed
         if "seeded" in name:
             oracle.enqueue(_first(table))
         for _ in range(trials):
@@ -92,6 +93,7 @@ def _first(table: Table) -> list[dict]:
 
 def _oracle(name: str, hp, seed: int, trials: int):
     import keras_tuner
+
     from keras_squeeze.search.oracle import ParetoOracle
 
     options = {"max_trials": trials, "hyperparameters": hp, "seed": seed + 1}
@@ -110,7 +112,7 @@ def _score(name: str, metrics: dict, table: Table) -> float:
 
     if "budget" in name:
         return score(metrics, ACCURACY, "max", Budgets.of(**{f"max_{SIZE}": table.float[SIZE] / 30}))
-    return forgiving_score(metrics, ACCURACY, "max", metrics[SIZE], table.float[SIZE])
+    return forgiving_score(metrics, ACCURACY, "max", SIZE, table.float[SIZE])
 
 
 def main() -> None:
@@ -177,7 +179,9 @@ def _techniques(seen: dict, seeds) -> str:
                 cells = (f"{alone[SIZE]:,.0f}", f"{alone[ACCURACY]:.1%}", f"{np.median(best):.1%}", gain.text(2))
                 rows.append((f"{task}: {technique}, {_amount(technique, key)}", *cells))
     header = ("one technique alone", "packed bytes", "accuracy", "found by a search, no larger", "points more [95 %]")
-    worst = f"{len(SEEDS)} searches of {TRIALS} trials with seeding; the least gain of all rows is {-max(lost):.2f} points."
+    worst = (
+        f"{len(SEEDS)} searches of {TRIALS} trials with seeding; the least gain of all rows is {-max(lost):.2f} points."
+    )
     return "\n\n".join([tables.markdown(header, rows), worst])
 
 

@@ -16,7 +16,8 @@ import pytest
 import searches
 from searches import ask_and_tell, in_directory, oracle, results
 
-from keras_squeeze.search.chief import Heartbeat, heartbeat_seconds, serve
+from keras_squeeze.search.alive import Heartbeat, heartbeat_seconds
+from keras_squeeze.search.chief import serve
 from keras_squeeze.search.configurations import identity
 
 

@@ -14,7 +14,7 @@ from keras_tuner.src.engine.tuner import maybe_distribute
 
 from keras_squeeze import plots
 from keras_squeeze.recipe import Recipe
-from keras_squeeze.search import chief
+from keras_squeeze.search.alive import Heartbeat, heartbeat_seconds, wait_for_chief
 from keras_squeeze.search.artifacts import Result, write_result
 from keras_squeeze.search.hypermodel import CompressionHyperModel, check_validation, split_validation
 from keras_squeeze.search.objectives import Budgets, pareto_front
@@ -123,9 +123,13 @@ class CompressionTuner(keras_tuner.Tuner):
         self._say, self._began = say, time.monotonic()
         self._told = self._told_before = len(self._whole_oracle.end_order)
         if distributed.is_chief_oracle():
+            from keras_squeeze.search import chief
+
             self.save()
             chief.serve(self.oracle, dead_after=self._dead_after, on_change=self._tell)
             return
+        if self._is_worker():
+            wait_for_chief()
         super().search(*args, **kwargs)
 
     def run_trial(self, trial, *args, **kwargs) -> dict[str, float]:
@@ -137,7 +141,7 @@ class CompressionTuner(keras_tuner.Tuner):
         data = dict(zip(("x", "y"), args, strict=False))
         with contextlib.ExitStack() as stack:
             stack.enter_context(maybe_distribute(self.distribution_strategy))
-            stack.enter_context(chief.Heartbeat(self.oracle, trial.trial_id, chief.heartbeat_seconds(self._dead_after)))
+            stack.enter_context(Heartbeat(self.oracle, trial.trial_id, heartbeat_seconds(self._dead_after)))
             if self._stops and kwargs.get("epochs", 1) >= _FEW_EPOCHS:
                 callbacks.append(self._watch(recipe, trial.trial_id, {**data, **kwargs}))
             try:
@@ -242,16 +246,24 @@ class CompressionTuner(keras_tuner.Tuner):
     # Where things are.
 
     def _get_tuner_fname(self) -> str:
-        """The same whoever runs the search, so that a single process reads what a chief began."""
-        return str(pathlib.Path(self.project_dir, "tuner.json"))
+        """The oracle's, whoever runs the search, so that a single process reads what a chief began."""
+        return str(pathlib.Path(self.project_dir, "oracle.json"))
 
     def save(self) -> None:
-        if not self._is_worker():  # workers have no state
-            super().save()
+        if not self._is_worker():  # all there is to keep is the oracle's
+            self.oracle.save()
 
     def reload(self) -> None:
-        if not self._is_worker():
-            super().reload()
+        if self._is_worker():
+            self._populate_initial_space()
+            return
+        self.oracle.reload()
+        declared = keras_tuner.HyperParameters()
+        self.hypermodel.space.recipe(declared)
+        self.oracle.check_space(declared)
+
+    def _run_and_update_trial(self, trial, *args, **kwargs) -> None:
+        self.oracle.update_trial(trial.trial_id, self.run_trial(trial, *args, **kwargs))
 
     def _completed(self) -> list:
         if self._is_worker():
