@@ -153,7 +153,7 @@ def test_a_failing_recipe_is_not_the_end(tmp_path):
     tuner.search(*train, validation_data=validation, epochs=1, verbose=0)
     assert [trial.status for trial in oracle.trials.values()] == ["FAILED"] * 3 + ["COMPLETED"] * 2
     assert len(tuner.results()) == 2
-    assert "no such kernel" in oracle.trials["0"].message
+    assert "no such kernel" in oracle.trials["0000"].message
 
 
 def test_hopeless_trials_end_early(tmp_path):

@@ -1,4 +1,4 @@
-"""What a worker of a search on several machines does beside its trials: it waits for the chief, and says it is alive."""
+"""What a worker does beside its trials, in a search on several machines: it waits for the chief, and says it lives."""
 
 import contextlib
 import os

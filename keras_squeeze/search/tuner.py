@@ -24,6 +24,7 @@ from keras_squeeze.search.seeding import first_configurations
 from keras_squeeze.search.sensitivity import sensitivity as profile_of
 from keras_squeeze.search.watching import HopelessTrialError, Watch
 
+_WIDTH = 140  # of a table that goes to a file
 _FEW_EPOCHS = 4  # of a trial, that is over before there is a reason to stop it
 
 
@@ -240,7 +241,8 @@ class CompressionTuner(keras_tuner.Tuner):
         shown = {result.directory for result in front}
         others = [result for result in self.results() if result.directory not in shown]
         rows = [*((result, True) for result in front), *((result, False) for result in others)][:num_trials]
-        Console().print(_table(rows, self._before()))
+        console = Console()
+        console.print(_table(rows, self._before()), width=None if console.is_terminal else _WIDTH)
         print(f"Results are in {self.project_dir}. * is on the front: no other trial is better in every objective.")
 
     # Where things are.
@@ -384,17 +386,17 @@ def _table(rows: list[tuple[Result, bool]], before: Mapping[str, float]):
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    names = list(rows[0][0].metrics) if rows else []
+    names = [name for name in (rows[0][0].metrics if rows else ()) if name not in ("tflite_bytes", "packed_bytes")]
     table = Table(box=SIMPLE_HEAD, title="What the search found")
-    table.add_column("", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right")
+    for name in ("trial", "", *names):
+        table.add_column(name, justify="left" if name in ("trial", "") else "right", no_wrap=True)
     table.add_column("recipe", overflow="fold")
     if before:
-        table.add_row("", *(_number(before[name]) if name in before else "-" for name in names), "before")
+        table.add_row("before", "", *(_number(before[name]) if name in before else "-" for name in names), "")
     for result, on_front in rows:
         numbers = (_number(result.metrics[name]) if name in result.metrics else "-" for name in names)
-        table.add_row("*" if on_front else "", *numbers, f"{result.recipe} ({result.directory.name})")
+        trial = result.directory.name.removeprefix("trial_")
+        table.add_row(trial, "*" if on_front else "", *numbers, str(result.recipe))
     return table
 
 
