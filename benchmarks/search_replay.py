@@ -31,7 +31,8 @@ class Table:
         found = search_trials.load(task)
         self.float, self.profile = found["float"], found["sensitivity"]
         self.space = search_trials.space(task)
-        self.metrics = {_key(trial["values"]): trial["metrics"] for trial in found["trials"]}
+        recorded = {_key(trial["values"]): trial["metrics"] for trial in found["trials"]}
+        self.metrics = {_key(values): recorded[_key(values)] for values in search_trials.grid(task)}
         self.best = self.volume(self.metrics.values())
 
     def look_up(self, values: dict) -> dict:
@@ -128,10 +129,13 @@ def main() -> None:
             volumes[run], seen[run] = future.result()
             measuring.advance(progress, bar)
     texts = {"search_replay": _report(volumes, seeds), "search_techniques": _techniques(seen, seeds)}
-    for name, text in texts.items():
+    front = _front_page(seen, seeds)
+    for text in (*texts.values(), front):
         console.print(text, markup=False, soft_wrap=True)
-        if args.write:
+    if args.write:
+        for name, text in texts.items():
             tables.write(name, text)
+        tables.write("search_front", front, tables.FRONT_PAGE)
 
 
 def _pool() -> ProcessPoolExecutor:
@@ -183,6 +187,22 @@ def _techniques(seen: dict, seeds) -> str:
     worst = f"{len(seeds)} searches of {TRIALS} trials with seeding; {least}."
     return "\n\n".join([tables.markdown(header, rows), worst])
 
+
+def _front_page(seen: dict, seeds) -> str:
+    rows = []
+    for task in search_trials.TASKS:
+        table = _table(task)
+        cells = [f"{table.float[ACCURACY]:.1%}, {table.float[SIZE]:,.0f}"]
+        for part in _BUDGETS:
+            best = [_within(seen[task, "tpe, seeded", seed], table.float[SIZE] / part) for seed in seeds]
+            cells.append(f"{np.median(best):.1%}, {table.float[SIZE] / part:,.0f}")
+        rows.append((task, *cells))
+    header = ("accuracy and packed bytes", "before", *(f"1/{part} of the bytes" for part in _BUDGETS))
+    about = f"Median of {len(seeds)} searches of {TRIALS} trials each; the bytes are the budget."
+    return f"{tables.markdown(header, rows)}\n\n{about} {tables.machine('keras-tuner', 'optuna')}"
+
+
+_BUDGETS = (10, 20, 40)
 
 _SINGLE = {
     "neurons": lambda key: key[0] == 32 and key[1] > 0 and key[2] == 0,

@@ -81,6 +81,15 @@ def test_best_within_budgets(finished):
         tuner.best(max_size_bytes=10, min_size_bytes=20)
 
 
+def test_knee(finished):
+    """Farthest below the line between the ends of the front, bytes on a log scale."""
+    tuner, _, _ = finished
+    points = np.array([[r.metrics["val_accuracy"], -np.log(r.metrics["size_bytes"])] for r in tuner.pareto_front()])
+    spread = np.ptp(points, axis=0)
+    scaled = (points - points.min(axis=0)) / np.where(spread > 0, spread, 1)
+    assert tuner.knee().metrics == tuner.pareto_front()[int(scaled.sum(axis=1).argmax())].metrics
+
+
 def test_what_is_said(finished):
     _, said, _ = finished
     text = "\n".join(said)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from keras_squeeze.recipe import Recipe
 from keras_squeeze.search.alive import Heartbeat, heartbeat_seconds, wait_for_chief
 from keras_squeeze.search.artifacts import Result, write_result
 from keras_squeeze.search.hypermodel import CompressionHyperModel, check_validation, split_validation
-from keras_squeeze.search.objectives import Budgets, pareto_front
+from keras_squeeze.search.objectives import Budgets, is_size, knee_point, pareto_front
 from keras_squeeze.search.oracle import ParetoOracle
 from keras_squeeze.search.results import STOPPED_EARLY
 from keras_squeeze.search.seeding import first_configurations
@@ -200,6 +201,21 @@ class CompressionTuner(keras_tuner.Tuner):
         sign = 1 if self.hypermodel.direction == "max" else -1
         return max(inside, key=lambda r: (sign * r.metrics[metric], -r.metrics["size_bytes"]))
 
+    def knee(self) -> Result:
+        """The best trade-off between the objectives: past it, a little of one costs much of another.
+
+        Sizes are compared by ratio.
+
+        Raises:
+            ValueError: no trial is finished.
+        """
+        results = self.results()
+        if not results:
+            raise ValueError("No trial is finished. Call `search` first.")
+        objectives = self._whole_oracle.objectives
+        points = [[_scaled(result.metrics[x.name], x.name) for x in objectives] for result in results]
+        return results[knee_point(points, [x.direction for x in objectives])]
+
     def plot_pareto(self, path, *, x: str | None = None, y: str | None = None) -> pathlib.Path:
         """Draws all results and the front.
 
@@ -342,6 +358,10 @@ def _in_words(trial, oracle: ParetoOracle) -> str:
     found = ", ".join(f"{x.name} {_number(trial.metrics.get_last_value(x.name))}" for x in oracle.objectives)
     early = " (ended early)" if trial.metrics.exists(STOPPED_EARLY) else ""
     return f"{values}: {found}{early}"
+
+
+def _scaled(value: float, name: str) -> float:
+    return math.log(value) if is_size(name) and value > 0 else value
 
 
 def _number(value) -> str:
