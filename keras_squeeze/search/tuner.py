@@ -20,9 +20,9 @@ from keras_squeeze.search.artifacts import Result, write_result
 from keras_squeeze.search.hypermodel import CompressionHyperModel, check_validation, split_validation
 from keras_squeeze.search.objectives import Budgets, is_size, knee_point, pareto_front
 from keras_squeeze.search.oracle import ParetoOracle
-from keras_squeeze.search.results import STOPPED_EARLY
 from keras_squeeze.search.seeding import first_configurations
 from keras_squeeze.search.sensitivity import sensitivity as profile_of
+from keras_squeeze.search.summaries import duration, extremes, in_words, table_of
 from keras_squeeze.search.watching import HopelessTrialError, Watch
 
 _WIDTH = 140  # of a table that goes to a file
@@ -49,7 +49,6 @@ class CompressionTuner(keras_tuner.Tuner):
         stop_early: Whether trials that the front is far ahead of are ended half-way.
         dead_after: Seconds after which the chief takes a worker for dead that it has not heard of.
         distribution_strategy: A `tf.distribute.Strategy` that each trial trains under.
-        options: The rest of what `keras_tuner.Tuner` takes.
 
     Raises:
         TypeError: no such hypermodel or oracle.
@@ -77,7 +76,6 @@ class CompressionTuner(keras_tuner.Tuner):
         stop_early: bool = True,
         dead_after: float = 120.0,
         distribution_strategy=None,
-        **options,
     ):
         if not isinstance(hypermodel, CompressionHyperModel):
             raise TypeError(f"`hypermodel` must be a `CompressionHyperModel`. Received: {hypermodel!r}")
@@ -101,7 +99,6 @@ class CompressionTuner(keras_tuner.Tuner):
             project_name=project_name,
             overwrite=overwrite and not is_worker,  # the chief does it, once
             distribution_strategy=distribution_strategy,
-            **options,
         )
 
     def search(self, *args, **kwargs) -> None:
@@ -136,6 +133,7 @@ class CompressionTuner(keras_tuner.Tuner):
 
     def run_trial(self, trial, *args, **kwargs) -> dict[str, float]:
         """Trains, finishes and measures one configuration."""
+        keras.utils.clear_session()  # what earlier trials left behind
         recipe = self.hypermodel.space.recipe(trial.hyperparameters)
         directory = self.get_trial_dir(trial.trial_id)
         callbacks = self._deepcopy_callbacks(kwargs.pop("callbacks", None) or [])
@@ -196,7 +194,7 @@ class CompressionTuner(keras_tuner.Tuner):
         inside = [r for r in results if limits.met_by(r.metrics) and self._whole_oracle.budgets.met_by(r.metrics)]
         if not inside:
             nearest = min(results, key=lambda r: limits.violation(r.metrics))
-            raise ValueError(f"No trial keeps {limits.text()}. {_smallest(results, budgets)} The nearest is {nearest}")
+            raise ValueError(f"No trial keeps {limits.text()}. {extremes(results, budgets)} The nearest is {nearest}")
         metric = f"val_{self.hypermodel.metric}"
         sign = 1 if self.hypermodel.direction == "max" else -1
         return max(inside, key=lambda r: (sign * r.metrics[metric], -r.metrics["size_bytes"]))
@@ -258,7 +256,7 @@ class CompressionTuner(keras_tuner.Tuner):
         others = [result for result in self.results() if result.directory not in shown]
         rows = [*((result, True) for result in front), *((result, False) for result in others)][:num_trials]
         console = Console()
-        console.print(_table(rows, self._before()), width=None if console.is_terminal else _WIDTH)
+        console.print(table_of(rows, self._before()), width=None if console.is_terminal else _WIDTH)
         print(f"Results are in {self.project_dir}. * is on the front: no other trial is better in every objective.")
 
     # Where things are.
@@ -332,7 +330,7 @@ class CompressionTuner(keras_tuner.Tuner):
         for trial_id in oracle.end_order[self._told :]:
             trial = oracle.trials[trial_id]
             self._told += 1
-            self._say(f"keras_squeeze: trial {self._told} of {oracle.max_trials}, {_in_words(trial, oracle)}")
+            self._say(f"keras_squeeze: trial {self._told} of {oracle.max_trials}, {in_words(trial, oracle)}")
             self._say(f"  {self._outlook()}")
 
     def _outlook(self) -> str:
@@ -346,32 +344,12 @@ class CompressionTuner(keras_tuner.Tuner):
         done = self._told - self._told_before
         left = oracle.max_trials - self._told
         if left and done:
-            parts.append(f"about {_duration((time.monotonic() - self._began) / done * left)} left")
+            parts.append(f"about {duration((time.monotonic() - self._began) / done * left)} left")
         return "; ".join(parts)
-
-
-def _in_words(trial, oracle: ParetoOracle) -> str:
-    values = ", ".join(f"{name} {_number(value)}" for name, value in trial.hyperparameters.values.items())
-    if trial.status != "COMPLETED":
-        reason = (trial.message or "").strip().splitlines()
-        return f"{values}: failed: {reason[-1] if reason else 'no reason was given'}"
-    found = ", ".join(f"{x.name} {_number(trial.metrics.get_last_value(x.name))}" for x in oracle.objectives)
-    early = " (ended early)" if trial.metrics.exists(STOPPED_EARLY) else ""
-    return f"{values}: {found}{early}"
 
 
 def _scaled(value: float, name: str) -> float:
     return math.log(value) if is_size(name) and value > 0 else value
-
-
-def _number(value) -> str:
-    return str(value) if isinstance(value, (str, bool)) else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _validation(args, kwargs):
@@ -389,35 +367,6 @@ def _check_objectives(oracle: ParetoOracle, hypermodel: CompressionHyperModel) -
             raise ValueError(
                 f"The search measures {', '.join(known)}. Received: an objective or a budget for {name!r}."
             )
-
-
-def _smallest(results: list[Result], budgets: Mapping[str, float]) -> str:
-    """The extreme that was found of everything that has a budget."""
-    found = []
-    for budget in budgets:
-        kind, _, name = budget.partition("_")
-        values = [result.metrics[name] for result in results if name in result.metrics]
-        extreme = min(values) if kind == "max" else max(values)
-        found.append(f"The {'smallest' if kind == 'max' else 'largest'} {name} found is {_number(extreme)}.")
-    return " ".join(found)
-
-
-def _table(rows: list[tuple[Result, bool]], before: Mapping[str, float]):
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    names = [name for name in (rows[0][0].metrics if rows else ()) if name not in ("tflite_bytes", "packed_bytes")]
-    table = Table(box=SIMPLE_HEAD, title="What the search found")
-    for name in ("trial", "", *names):
-        table.add_column(name, justify="left" if name in ("trial", "") else "right", no_wrap=True)
-    table.add_column("recipe", overflow="fold")
-    if before:
-        table.add_row("before", "", *(_number(before[name]) if name in before else "-" for name in names), "")
-    for result, on_front in rows:
-        numbers = (_number(result.metrics[name]) if name in result.metrics else "-" for name in names)
-        trial = result.directory.name.removeprefix("trial_")
-        table.add_row(trial, "*" if on_front else "", *numbers, str(result.recipe))
-    return table
 
 
 def _write_scalars(metrics: Mapping[str, float], callbacks) -> None:
