@@ -14,7 +14,6 @@ from keras_squeeze.deployment.loading import load_examples, load_model
 from keras_squeeze.progress import progress_bar
 from keras_squeeze.recipe import Recipe
 from keras_squeeze.search.artifacts import evaluate
-from keras_squeeze.search.metrics import find_metric
 from keras_squeeze.steps import finished
 
 _DATA = "a .npz file with x (or the names of several inputs) and y"
@@ -86,8 +85,8 @@ def read_examples(options) -> Examples:
             f"--validation-split must leave examples on both sides, in (0, 1). Received: {options.validation_split}"
         )
     _check_targets(options.data, y)
-    first, last = (_part(x, y, bounds) for bounds in (slice(None, begin), slice(begin, None)))
-    return Examples(*first, validation=last)
+    (x_train, y_train), validation = (_part(x, y, part) for part in (slice(None, begin), slice(begin, None)))
+    return Examples(x_train, y_train, validation)
 
 
 def load_trainable(options, examples: Examples, *, needed: bool = True) -> keras.Model:
@@ -139,17 +138,21 @@ def stumbling() -> Iterator[None]:
         yield
     except tf.errors.OpError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = next((line for line in lines if not line.startswith(("Graph execution", "Detected at", "File"))), lines[0])
+        about = ("Graph execution error", "Detected at node", "File ")  # where it happened, before what happened
+        told = next((line for line in lines if not line.startswith(about)), lines[0])
         raise ValueError(f"The model cannot be trained on this data: {told}") from None
 
 
-def measured(models: list[keras.Model], validation: tuple | None) -> tuple[str | None, list[float]]:
-    """The first metric of models on validation data, finished as they ship; no name and no numbers without."""
-    if validation is None or not all(model.compiled for model in models):
-        return None, []
-    found = [evaluate(finished(model), validation) for model in models]
-    name, _ = find_metric(models[0], found[0])
-    return name, [values[name] for values in found]
+def measured(model: keras.Model, validation: tuple | None) -> tuple[str, float] | None:
+    """The first metric of a model on validation data, finished as it ships; None without data or compilation."""
+    if validation is None or not model.compiled:
+        return None
+    with working("measuring"):
+        plain = finished(model)
+        found = evaluate(plain, validation)
+    names = [*plain.get_metrics_result(), *found]  # those of `evaluate` are sorted
+    name = next((name for name in names if name in found and not name.endswith("loss")), "loss")
+    return name, found[name]
 
 
 class _Bar(keras.callbacks.Callback):
