@@ -102,5 +102,5 @@ def _kind(model: keras.Model) -> str:
     name = loss if isinstance(loss, str) else getattr(loss, "name", None) or getattr(loss, "__name__", "")
     if "crossentropy" not in str(name) or model.outputs[0].shape[-1] == 1 or "binary" in str(name):
         return "values"
-    from_logits = getattr(loss, "get_config", dict)().get("from_logits", False)
-    return "logits" if from_logits else "probabilities"
+    config = loss.get_config() if isinstance(loss, keras.losses.Loss) else {}
+    return "logits" if config.get("from_logits") else "probabilities"

@@ -10,6 +10,8 @@ import numpy as np
 
 from keras_squeeze.criteria import check_reusable
 from keras_squeeze.graphs import compile_like, functional_of
+from keras_squeeze.quantization.quantizers import Quantizer
+from keras_squeeze.schedules import Schedule
 from keras_squeeze.selection import require_tensorflow
 from keras_squeeze.steps import KINDS, PruneNeurons, Quantize, Step, Task, TrainingStep
 
@@ -366,8 +368,20 @@ def _first(x, y):
 
 
 def _in_words(step: Step) -> str:
-    details = [f"{name}={value}" for name, value in step.to_dict().items() if name != "step"]
+    """Without what has its default."""
+    given = {name: _word(getattr(step, name)) for name in step.to_dict() if name != "step"}
+    details = [text if name in ("schedule", "weights") else f"{name}={text}" for name, text in given.items()]
     return f"{step.kind}({', '.join(details)})"
+
+
+def _word(value) -> str:
+    if isinstance(value, Schedule):
+        return f"{value.final:.3g}"
+    if isinstance(value, Quantizer):
+        return f"{type(value).__name__}, {value.bits} bits"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_word(part)}" for name, part in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _is_yaml(path: pathlib.Path) -> bool:

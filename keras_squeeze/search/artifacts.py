@@ -127,7 +127,7 @@ def write_files(
     needs_file = needs_file or artifact == "tflite"
     shipped, problem = _export(model, directory / ARTIFACTS["tflite"], calibration_data, needs_file)
     total = summarize(model).total
-    sizes = {"packed": packed, "tflite": None if shipped is None else shipped.num_bytes}
+    sizes: dict[str, float | None] = {"packed": packed, "tflite": None if shipped is None else shipped.num_bytes}
     metrics = {"size_bytes": sizes[artifact], "tflite_bytes": sizes["tflite"], "packed_bytes": packed}
     metrics |= {"macs": total.macs, "energy_pj": total.energy_pj}
     about_file = {"problem": problem} if shipped is None else {**vars(shipped), "path": shipped.path.name}

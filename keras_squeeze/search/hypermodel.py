@@ -260,5 +260,5 @@ def _names(metrics) -> list[str]:
         elif isinstance(metric, (list, tuple)):
             found += _names(metric)
         elif metric is not None:
-            found.append(getattr(metric, "name", None) or getattr(metric, "__name__", str(metric)))
+            found.append(str(getattr(metric, "name", None) or getattr(metric, "__name__", metric)))
     return found

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import numbers
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -195,20 +194,21 @@ class CompressionSpace:
         neurons = self.neurons.value(hp)
         with self.neurons.where_positive(hp):
             criterion = self.criterion.value(hp) if self.neurons.may_be_positive else None
-        return PruneNeurons(PolynomialDecay(neurons, end=end), criterion=criterion, **rate) if neurons else None
+        return PruneNeurons(_schedule(neurons, end), criterion=criterion, **rate) if neurons else None
 
     def _weights(self, hp, bits: dict[str, int], end: float, rate: dict) -> Step | None:
         """Within a group of layers weights compete, between groups they do not."""
         if not self.sparsity.may_be_positive:
             return None
-        schedules, allocation = {}, None
+        schedules: dict[str, Any] = {}
+        allocation: Any = None
         for group in bits:
             with self._where_zeros_can_be(hp, group):
                 sparsity = self.sparsity.value(hp, _name("sparsity", group))
                 with self.sparsity.where_positive(hp, _name("sparsity", group)):
                     allocation = "uniform" if self.groups else self.allocation.value(hp)
             if sparsity and bits[group] != 1:
-                schedules[group] = PolynomialDecay(sparsity, end=end)
+                schedules[group] = _schedule(sparsity, end)
         if not schedules:
             return None
         if not self.groups:
@@ -239,7 +239,7 @@ class CompressionSpace:
     def _fine_tuning(self, hp, rate: dict) -> Step | None:
         share = self.fine_tuning.value(hp)
         with self.fine_tuning.where_positive(hp):
-            distillation = self.distillation.value(hp) if self.fine_tuning.may_be_positive else None
+            distillation: Any = self.distillation.value(hp) if self.fine_tuning.may_be_positive else None
         return FineTune(distillation, share=share, **rate) if share else None
 
     def __repr__(self) -> str:
@@ -250,6 +250,12 @@ class CompressionSpace:
 
 def _parameters():
     return {name: p for name, p in inspect.signature(CompressionSpace.__init__).parameters.items() if name != "self"}
+
+
+def _schedule(final: float, end: float) -> Any:
+    """A plain number where the schedule is what a number stands for."""
+    schedule = PolynomialDecay(final, end=end)
+    return final if schedule.get_config() == PolynomialDecay(final).get_config() else schedule
 
 
 def _name(name: str, group: str) -> str:
@@ -272,7 +278,7 @@ def _numbers(name: str, value, *, below: float = float("inf"), inclusive: bool =
         is_range = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for each in values:
-        if isinstance(each, bool) or not isinstance(each, numbers.Real):
+        if isinstance(each, bool) or not isinstance(each, (int, float)):
             raise TypeError(f"`{name}` must be a number, two for a range, or choices. Received: {name}={value!r}")
         if not (0 <= each < below or (inclusive and each == below)):
             limit = f"[0, {below:g}{']' if inclusive else ')'}" if below < float("inf") else "at least 0"

@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -19,9 +19,10 @@ from keras_squeeze.search.artifacts import Result, write_result
 from keras_squeeze.search.hypermodel import CompressionHyperModel, check_validation, split_validation
 from keras_squeeze.search.objectives import Budgets, direction_of, pareto_front
 from keras_squeeze.search.oracle import ParetoOracle
+from keras_squeeze.search.results import STOPPED_EARLY
 from keras_squeeze.search.seeding import first_configurations
 from keras_squeeze.search.sensitivity import sensitivity as profile_of
-from keras_squeeze.search.watching import STOPPED_EARLY, HopelessTrialError, Watch
+from keras_squeeze.search.watching import HopelessTrialError, Watch
 
 _FEW_EPOCHS = 4  # of a trial, that is over before there is a reason to stop it
 
@@ -114,7 +115,7 @@ class CompressionTuner(keras_tuner.Tuner):
         verbose = kwargs.pop("verbose", 1)
         self._whole_oracle.verbose = 0  # what is said about a trial is said here
         kwargs["verbose"] = 0 if verbose in (0, 1, "auto") else verbose
-        say = print if verbose else _say_nothing
+        say: Callable[[str], None] = print if verbose else _say_nothing
         if not self._is_worker():
             self._measure_before(args, kwargs)
             self._seed(args, kwargs, say)
@@ -135,7 +136,7 @@ class CompressionTuner(keras_tuner.Tuner):
         data = dict(zip(("x", "y"), args, strict=False))
         with contextlib.ExitStack() as stack:
             stack.enter_context(maybe_distribute(self.distribution_strategy))
-            stack.enter_context(chief.Heartbeat(self.oracle, trial.trial_id, every=self._dead_after / 6))
+            stack.enter_context(chief.Heartbeat(self.oracle, trial.trial_id, chief.heartbeat_seconds(self._dead_after)))
             if self._stops and kwargs.get("epochs", 1) >= _FEW_EPOCHS:
                 callbacks.append(self._watch(recipe, trial.trial_id, {**data, **kwargs}))
             try:
@@ -348,7 +349,7 @@ def _validation(args, kwargs):
 
 def _check_objectives(oracle: ParetoOracle, hypermodel: CompressionHyperModel) -> None:
     known = hypermodel.metrics
-    for name in [*(objective.name for objective in oracle.objectives), *oracle.budgets.names]:
+    for name in [*(objective.name for objective in oracle.objectives), *(name for name, _, _ in oracle.budgets.limits)]:
         if name not in known:
             raise ValueError(
                 f"The search measures {', '.join(known)}. Received: an objective or a budget for {name!r}."

@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 
-PROGRESS = "progress/"
-STOPPED_EARLY = "stopped_early"
+from keras_squeeze.search.oracle import PROGRESS
+from keras_squeeze.search.results import STOPPED_EARLY
 
 
 class HopelessTrialError(Exception):
