@@ -109,3 +109,15 @@ def changes(path: pathlib.Path, num_bytes: int, before: LayerReport, after: Laye
     if after.bits != before.bits:
         parts.append(f"{after.bits:g} bits a weight")
     return f"{path}: {', '.join(parts)}", facts
+
+
+def columns(rows: list[list[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = ([f"{row[0]:<{first}}", *map(str.rjust, row[1:], widths)] for row in rows)
+    return ["  ".join(line).rstrip() for line in cells]
+
+
+def number(value: float | None) -> str:
+    """A metric or a size in a table."""
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 10 else f"{value:,.0f}"

@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from keras_squeeze.commands.arguments import command, takes_models
+from keras_squeeze.commands.arguments import columns, command, number, takes_models
 from keras_squeeze.commands.fitting import (
     Examples,
     add_data,
@@ -45,7 +45,7 @@ def add_search(commands) -> None:
     add_training(parser, epochs=5)
 
 
-def _search(options) -> tuple[None, dict]:
+def _search(options) -> tuple[str | None, dict]:
     budgets = _budgets(options.budget)
     examples = read_examples(options)
     check_trainable(options, examples)
@@ -58,11 +58,22 @@ def _search(options) -> tuple[None, dict]:
         raise ValueError(f"The search cannot go on: {error}") from error
     if _is_worker():  # the chief has the results
         return None, {}
-    facts = _show(tuner, options.directory)
-    best = tuner.best(**budgets) if budgets else None  # raises where nothing is within them
-    if best is not None:
-        print(f"The best within {Budgets.of(**budgets).text()} is in {best.directory}.")
-    return None, {**facts, "best": best and _facts(best)}
+    front = tuner.pareto_front()
+    if not front:
+        raise ValueError(
+            f"No trial of this search came to an end: see what was said of each. Received: {tuner.project_dir}"
+        )
+    facts = _write_front(tuner, front, options.directory)
+    lines = _table(tuner, front)
+    if not budgets:
+        return "\n".join(lines), {**facts, "best": None}
+    try:
+        best = tuner.best(**budgets)
+    except ValueError:  # nothing is within them; what there is, is of use all the same
+        print("\n".join(lines))
+        raise
+    lines.append(f"The best with {Budgets.of(**budgets).text()} is in {best.directory}.")
+    return "\n".join(lines), {**facts, "best": _facts(best)}
 
 
 def _is_worker() -> bool:
@@ -87,15 +98,24 @@ def _tuner(options, examples: Examples, budgets: dict[str, float]):
     return CompressionTuner(hyper, oracle, directory=options.directory, overwrite=options.overwrite)
 
 
-def _show(tuner, folder: pathlib.Path) -> dict[str, Any]:
-    """Prints the front, and writes it as a picture and as numbers."""
-    front = [_facts(result) for result in tuner.pareto_front()]
-    if not front:
-        raise ValueError(f"No trial of this search came to an end: see the lines above. Received: {folder}")
-    tuner.results_summary(len(front))
+def _write_front(tuner, front: list[Result], folder: pathlib.Path) -> dict[str, Any]:
+    """The front as a picture and as numbers."""
+    facts = [_facts(result) for result in front]
     tuner.plot_pareto(folder / "front.png")
-    write_file(folder / "front.json", json.dumps(front, indent=2).encode())
-    return {"directory": str(folder), "picture": str(folder / "front.png"), "front": front}
+    write_file(folder / "front.json", json.dumps(facts, indent=2).encode())
+    return {"directory": str(folder), "picture": str(folder / "front.png"), "front": facts}
+
+
+def _table(tuner, front: list[Result]) -> list[str]:
+    """What is traded off and what has a budget; the recipe comes last, since it may be long."""
+    names = list(dict.fromkeys([objective.name for objective in tuner.oracle.objectives]))
+    names += [name for name, _, _ in tuner.oracle.budgets.limits if name not in names]
+    before = Result.read(pathlib.Path(tuner.project_dir, "before"))
+    rows = [["", *names], ["before", *(number(before.metrics.get(name)) for name in names)]]
+    rows += [[r.directory.name, *(number(r.metrics.get(name)) for name in names)] for r in front]
+    recipes = ["recipe", "", *(str(result.recipe) for result in front)]
+    lines = [f"{line}  {recipe}".rstrip() for line, recipe in zip(columns(rows), recipes, strict=True)]
+    return [*lines, f"The front, best first; each trial is a folder in {tuner.project_dir}."]
 
 
 def _facts(result: Result) -> dict[str, Any]:
@@ -107,7 +127,8 @@ def _budgets(given: list[str]) -> dict[str, float]:
     for text in given:
         name, _, number = text.partition("=")
         try:
-            budgets[name] = float(number.replace("_", ""))
+            value = float(number)  # Python's own form of a number, which may have underscores
+            budgets[name] = int(value) if value.is_integer() else value
         except ValueError:
             raise ValueError(
                 f"--budget must be a name and a number, such as max_size_bytes=50000. Received: {text}"

@@ -12,7 +12,9 @@ import keras
 from keras_squeeze.commands.arguments import (
     changes,
     check_model_output,
+    columns,
     command,
+    number,
     takes_models,
     working,
     write_model,
@@ -231,15 +233,11 @@ def _clear(folder: pathlib.Path) -> None:
 
 
 def _before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """A row for each metric, in columns."""
+    """A row for each metric."""
     names = [name for name in {**before, **after} if name != "size_bytes"]  # which is one of the others
-    rows = [["", "before", "after"], *([name, *(_number(x.get(name)) for x in (before, after))] for name in names)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if abs(value) < 10 else f"{value:,.0f}"
+    return columns(
+        [["", "before", "after"], *([name, *(number(x.get(name)) for x in (before, after))] for name in names)]
+    )
 
 
 SUBCOMMANDS = (add_prune, add_quantize, add_run)
