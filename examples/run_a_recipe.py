@@ -1,7 +1,8 @@
 """Write a plan of compression down, run it, and compare what comes out.
 
 Run it with `python examples/run_a_recipe.py`, on scikit-learn's handwritten digits, or with
-`--dataset mnist`, `fashion_mnist` or `cifar10`. `keras-squeeze run recipe.json model.keras --data data.npz --directory out` does the same.
+`--dataset mnist`, `fashion_mnist` or `cifar10`. In a shell, `keras-squeeze run recipe.yaml model.keras --data
+data.npz --directory out` does the same.
 """
 
 import datasets

@@ -1,7 +1,8 @@
 """Search for the best trade-offs between accuracy and size, and take the best model that fits.
 
 Run it with `python examples/search_for_a_front.py`, on scikit-learn's handwritten digits, or with
-`--dataset mnist`, `fashion_mnist` or `cifar10`. Run again in the same folder, it goes on where it was, or shows what was found.
+`--dataset mnist`, `fashion_mnist` or `cifar10`. Run again in the same folder, it goes on where it was, or
+shows what was found.
 """
 
 import datasets
