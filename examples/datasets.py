@@ -11,19 +11,20 @@ import numpy as np
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10")
 
 
-def arguments(description: str, *, epochs: int) -> argparse.Namespace:
-    """The options that all examples have, from the command line.
+def arguments(description: str, **numbers: int) -> argparse.Namespace:
+    """The options of an example, from the command line.
 
     Args:
         description: What the example shows; its first line is the help.
-        epochs: Of the first training, by default.
+        numbers: Its whole numbers by name, such as `epochs`, and what they are by default.
 
     Returns:
-        `dataset` and `epochs`.
+        `dataset`, and the numbers.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--dataset", choices=NAMES, default="digits", help="(default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=epochs, help="(default: %(default)s)")
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     return parser.parse_args()
 
 

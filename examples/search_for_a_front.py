@@ -10,7 +10,7 @@ import keras
 
 import keras_squeeze as ks
 
-options = datasets.arguments(__doc__, epochs=4)
+options = datasets.arguments(__doc__, epochs=4, trials=12)
 (images, labels), test = datasets.load(options.dataset)
 held_out = len(images) // 5  # the search looks at these again and again, so the test data are kept for the end
 train, validation = (images[held_out:], labels[held_out:]), (images[:held_out], labels[:held_out])
@@ -31,7 +31,7 @@ model.fit(*train, epochs=3 * options.epochs, verbose=0)
 
 space = ks.CompressionSpace(neurons=(0.0, 0.7), sparsity=(0.0, 0.9), bits=(8, 4, 2))
 hyper = ks.CompressionHyperModel(model, space, metric="accuracy", artifact="packed")  # size_bytes: of the packed file
-oracle = ks.ParetoOracle(["val_accuracy", "size_bytes"], max_trials=12, seed=0)
+oracle = ks.ParetoOracle(["val_accuracy", "size_bytes"], max_trials=options.trials, seed=0)
 tuner = ks.CompressionTuner(hyper, oracle=oracle, directory="search")
 tuner.search(*train, validation_data=validation, epochs=options.epochs)
 
