@@ -17,8 +17,8 @@ from rich.console import Console
 
 FOLDER = pathlib.Path(__file__).parent
 TASKS = ("digits", "characters")
-NEURONS = {"digits": (0.0, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8), "characters": (0.0, 0.3, 0.5, 0.65, 0.8)}
-SPARSITY = (0.0, 0.3, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95)
+NEURONS = {"digits": (0.0, 0.3, 0.45, 0.6, 0.8), "characters": (0.0, 0.3, 0.5, 0.65, 0.8)}
+SPARSITY = (0.0, 0.5, 0.75, 0.85, 0.95)
 BITS = (32, 8, 4, 2, 1)
 METRICS = ("val_accuracy", "packed_bytes", "tflite_bytes", "macs", "energy_pj")
 _TRIALS_OF_A_PROCESS = 20

@@ -176,7 +176,7 @@ def plot_front(
         ValueError: there is no point.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
     if not points:
         raise ValueError("There is no finished trial to draw.")
@@ -194,6 +194,11 @@ def plot_front(
     every = [*points, *([FrontPoint(*before, False)] if before else [])]
     if min(point.x for point in every) > 0:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1 else f"{value:,.0f}")
+        )
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if all(0 <= point.y <= 1 for point in every):
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.set(xlabel=labels[0].replace("_", " "), ylabel=labels[1].replace("_", " "))

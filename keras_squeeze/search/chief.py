@@ -32,7 +32,8 @@ def serve(oracle: ParetoOracle, *, dead_after: float = 120.0, on_change: Callabl
 
     A worker of which nothing is heard for `dead_after` seconds is given up and its trial handed to another one, at
     most twice. A worker that was only slow may still deliver: the first result counts. A worker that has nothing to
-    do waits for the end, since it may be needed.
+    do waits for the end, since it may be needed. Where nothing is heard of any worker for twice `dead_after`, the
+    search ends unfinished, with a warning.
 
     Args:
         oracle: With its directory set and, where the search is to go on, reloaded.
@@ -136,13 +137,15 @@ class _Servicer(OracleServicer):
         self.stop_triggered = False
         self._dead_after = dead_after
         self._heard: dict[str, float] = {}
-        self._tuners: dict[str, str] = {}  # from the address of a connection to the tuner at its other end
+        # From the address of a connection to the tuner at its other end; None where several in one process share it.
+        self._tuners: dict[str, str | None] = {}
 
     def CreateTrial(self, request, context):  # noqa: N802
         with self.oracle.lock:
-            self._tuners[context.peer()] = request.tuner_id
-            self._hear(context)
-            trial = self._next(request.tuner_id)
+            tuner_id, peer = request.tuner_id, context.peer()
+            self._tuners[peer] = tuner_id if self._tuners.get(peer, tuner_id) == tuner_id else None
+            self._heard[tuner_id] = time.monotonic()
+            trial = self._next(tuner_id)
         if trial.status == TrialStatus.IDLE:
             time.sleep(min(_IDLE_SECONDS, self._dead_after / 10))
         return protos.get_service().CreateTrialResponse(trial=trial.to_proto())
@@ -167,9 +170,12 @@ class _Servicer(OracleServicer):
             return super().GetTrial(request, context)
 
     def is_over(self) -> bool:
-        """Whether there were workers, and all were told that there is nothing left to do, or died."""
+        """Whether there were workers, and all were told that nothing is left to do, or are dead and do not return."""
         with self.oracle.lock:
-            return bool(self._heard) and not self.oracle.tuner_ids and not self.oracle.ongoing_trials
+            if not self._heard or self.oracle.tuner_ids or self.oracle.ongoing_trials:
+                return False
+            told = self.error is not None or not self.left()
+            return told or time.monotonic() - max(self._heard.values()) > 2 * self._dead_after
 
     def left(self) -> int:
         """How many trials are still to be ended."""
@@ -205,7 +211,7 @@ class _Servicer(OracleServicer):
         self.stop_triggered = self.stop_triggered or trial.status in (TrialStatus.STOPPED, TrialStatus.IDLE)
         return trial
 
-    def _hear(self, context, trial_id: str | None = None) -> None:
+    def _hear(self, context, trial_id: str) -> None:
         """Notes a sign of life: of who is at the other end or, where that is unknown, of who has the trial.
 
         A worker that was given up and is heard of again is waited for, too: else it would find nobody to report to.
@@ -213,7 +219,7 @@ class _Servicer(OracleServicer):
         tuner_id = self._tuners.get(context.peer())
         if tuner_id is None:
             held = {trial.trial_id: tuner for tuner, trial in self.oracle.ongoing_trials.items()}
-            tuner_id = held.get(trial_id or "")
+            tuner_id = held.get(trial_id)
         if tuner_id is not None:
             self._heard[tuner_id] = time.monotonic()
             self.oracle.tuner_ids.add(tuner_id)

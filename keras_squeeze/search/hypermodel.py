@@ -15,6 +15,7 @@ from keras_tuner.src.engine.tuner_utils import SaveBestEpoch, TunerCallback
 from keras_squeeze.graphs import compile_like, functional_of
 from keras_squeeze.recipe import Recipe
 from keras_squeeze.search.artifacts import ARTIFACTS, Result, write_files, write_result
+from keras_squeeze.search.metrics import find_direction
 from keras_squeeze.search.objectives import Budgets, direction_of, score
 from keras_squeeze.search.space import CompressionSpace
 from keras_squeeze.steps import FineTune
@@ -61,11 +62,12 @@ class CompressionHyperModel(keras_tuner.HyperModel):
         latency: bool = False,
     ):
         super().__init__()
-        self.model = _checked(model if isinstance(model, keras.Model) else model())
+        self.model = _checked(model() if callable(model) and not isinstance(model, keras.Model) else model)
         self.space = CompressionSpace() if space is None else space
         if not isinstance(self.space, CompressionSpace):
             raise TypeError(f"`space` must be a `CompressionSpace`. Received: space={space!r}")
         self.metric = _find_metric(self.model, metric)
+        self.direction = find_direction(self.model, self.metric) or direction_of(self.metric)
         if artifact not in ARTIFACTS:
             known = ", ".join(map(repr, ARTIFACTS))
             raise ValueError(f"`artifact` must be one of {known}. Received: artifact={artifact!r}")
@@ -164,7 +166,7 @@ class CompressionHyperModel(keras_tuner.HyperModel):
         )
         name = f"val_{self.metric}"
         for objective, budgets in self._objectives.items():
-            result.metrics[objective] = score(result.metrics, name, direction_of(name), budgets)
+            result.metrics[objective] = score(result.metrics, name, self.direction, budgets)
         return trained, result
 
     def estimate(self, recipe: Recipe, *, x, y=None) -> dict[str, float]:
@@ -201,11 +203,12 @@ def split_validation(x, y, options: dict[str, Any], validation_data):
     begin = int(size * (1 - part))
     if not 0 < begin < size:
         raise errors.FatalValueError(f"`validation_split` must be in (0, 1). Received: validation_split={part}")
+    given = (x, y) if weights is None else (x, y, weights)
     first, last = (
-        keras.tree.map_structure(operator.itemgetter(bounds), (x, y, weights))
+        keras.tree.map_structure(operator.itemgetter(bounds), given)
         for bounds in (slice(None, begin), slice(begin, None))
     )
-    return first, last if weights is not None else last[:2]
+    return (*first, None)[:3], last
 
 
 def _sorted(callbacks) -> tuple[list, SaveBestEpoch | None, Any, Any]:

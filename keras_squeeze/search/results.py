@@ -70,7 +70,7 @@ def record(trial, name: str, direction: str, value: float, step: int) -> None:
     trial.metrics.metrics.pop(name, None)
     trial.metrics.register(name, direction)
     trial.metrics.set_history(name, [observation for observation in earlier if observation.step != step])
-    trial.metrics.update(name, value, step=step)
+    trial.metrics.metrics[name].update(float(value), step)  # the tracker would look for the best, and warn of a NaN
 
 
 def for_sampler(metrics: Mapping[str, float], objectives: Sequence) -> tuple[float, ...]:

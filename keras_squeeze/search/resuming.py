@@ -95,6 +95,16 @@ class ResumableOracle(keras_tuner.Oracle):
                 self._save_trial(trial)
                 self.save()
 
+    def get_space(self):
+        """A copy of the space."""
+        with self.lock:
+            return super().get_space()
+
+    def update_space(self, hyperparameters) -> None:
+        """Adds hyperparameters that are new."""
+        with self.lock:
+            super().update_space(hyperparameters)
+
     def has_ended(self, trial_id: str) -> bool:
         """Whether a trial has its result; its status may say so before, since a tuner in this process sets it."""
         return trial_id in self.end_order

@@ -17,7 +17,7 @@ from keras_squeeze.recipe import Recipe
 from keras_squeeze.search import chief
 from keras_squeeze.search.artifacts import Result, write_result
 from keras_squeeze.search.hypermodel import CompressionHyperModel, check_validation, split_validation
-from keras_squeeze.search.objectives import Budgets, direction_of, pareto_front
+from keras_squeeze.search.objectives import Budgets, pareto_front
 from keras_squeeze.search.oracle import ParetoOracle
 from keras_squeeze.search.results import STOPPED_EARLY
 from keras_squeeze.search.seeding import first_configurations
@@ -89,7 +89,8 @@ class CompressionTuner(keras_tuner.Tuner):
         _check_objectives(oracle, hypermodel)
         self._profiled, self._stops, self._dead_after = sensitivity, stop_early, dead_after
         self._whole_oracle = oracle  # of a worker, `self.oracle` becomes a client of the chief's
-        self._say, self._began, self._told, self._told_before = _say_nothing, time.monotonic(), 0, 0
+        self._say: Callable[[str], None] = _say_nothing
+        self._began, self._told, self._told_before = time.monotonic(), 0, 0
         is_worker = distributed.has_chief_oracle() and not distributed.is_chief_oracle()
         super().__init__(
             oracle,
@@ -171,7 +172,7 @@ class CompressionTuner(keras_tuner.Tuner):
         directions = {objective.name: objective.direction for objective in self._whole_oracle.objectives}
         front = [results[index] for index in pareto_front([result.metrics for result in results], directions)]
         metric = f"val_{self.hypermodel.metric}"
-        return sorted(front, key=lambda r: r.metrics[metric], reverse=direction_of(metric) == "max")
+        return sorted(front, key=lambda r: r.metrics[metric], reverse=self.hypermodel.direction == "max")
 
     def best(self, **budgets: float) -> Result:
         """The result with the best metric inside of budgets.
@@ -191,7 +192,7 @@ class CompressionTuner(keras_tuner.Tuner):
             nearest = min(results, key=lambda r: limits.violation(r.metrics))
             raise ValueError(f"No trial keeps {limits.text()}. {_smallest(results, budgets)} The nearest is {nearest}")
         metric = f"val_{self.hypermodel.metric}"
-        sign = 1 if direction_of(metric) == "max" else -1
+        sign = 1 if self.hypermodel.direction == "max" else -1
         return max(inside, key=lambda r: (sign * r.metrics[metric], -r.metrics["size_bytes"]))
 
     def plot_pareto(self, path, *, x: str | None = None, y: str | None = None) -> pathlib.Path:
