@@ -26,6 +26,8 @@ def short_demo(monkeypatch):
     monkeypatch.setattr(demo, "PRUNING_EPOCHS", 3)
     monkeypatch.setattr(demo, "QUANTIZED_EPOCHS", 2)
     monkeypatch.setattr(demo, "BINARY_EPOCHS", 2)
+    monkeypatch.setattr(demo, "SEARCH_TRIALS", 2)
+    monkeypatch.setattr(demo, "SEARCH_EPOCHS", 2)
 
 
 def test_the_table_says_what_is_in_the_files(short_demo, tmp_path, capsys):
@@ -60,8 +62,12 @@ def test_the_table_says_what_is_in_the_files(short_demo, tmp_path, capsys):
             file.invoke()
             right += file.get_tensor(file.get_output_details()[0]["index"])[0].argmax() == label
         assert f"{right / len(labels):.1%}" in printed
-    assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("widths", "pruning", "front"):
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    trials = list((tmp_path / "search" / "compression").glob("trial_*"))
+    assert len(trials) == 2
+    packed = [f"{(trial / 'model.squeeze').stat().st_size:,}" for trial in trials]
+    assert any(size in printed for size in packed)
 
 
 def test_train_and_test_digits_are_apart():
