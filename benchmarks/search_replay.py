@@ -31,7 +31,8 @@ class Table:
         found = search_trials.load(task)
         self.float, self.profile = found["float"], found["sensitivity"]
         self.space = search_trials.space(task)
-        self.metrics = {_key(trial["values"]): trial["metrics"] for trial in found["trials"]}
+        recorded = {_key(trial["values"]): trial["metrics"] for trial in found["trials"]}
+        self.metrics = {_key(values): recorded[_key(values)] for values in search_trials.grid(task)}
         self.best = self.volume(self.metrics.values())
 
     def look_up(self, values: dict) -> dict:
@@ -56,8 +57,8 @@ def _table(task: str) -> Table:
     return Table(task)
 
 
-def replay(task: str, name: str, seed: int, trials: int) -> list[float]:
-    """The hypervolume after each trial."""
+def replay(task: str, name: str, seed: int, trials: int) -> tuple[list[float], list[dict]]:
+    """The hypervolume after each trial, and what the trials measured."""
     import keras_tuner
 
     table = _table(task)
@@ -68,6 +69,7 @@ def replay(task: str, name: str, seed: int, trials: int) -> list[float]:
         oracle = _oracle(name, hp, seed, trials)
         oracle._set_project_dir(folder, "replay")
         oracle.verbose = 0
+        oracle.save = oracle._save_trial = lambda *_: None  # nothing is to be resumed
         if "seeded" in name:
             oracle.enqueue(_first(table))
         for _ in range(trials):
@@ -80,7 +82,7 @@ def replay(task: str, name: str, seed: int, trials: int) -> list[float]:
             oracle.end_trial(trial)
             seen.append(metrics)
             volumes.append(table.volume(seen))
-    return volumes + [volumes[-1]] * (trials - len(volumes))
+    return volumes + [volumes[-1]] * (trials - len(volumes)), seen
 
 
 def _first(table: Table) -> list[dict]:
@@ -92,6 +94,7 @@ def _first(table: Table) -> list[dict]:
 
 def _oracle(name: str, hp, seed: int, trials: int):
     import keras_tuner
+
     from keras_squeeze.search.oracle import ParetoOracle
 
     options = {"max_trials": trials, "hyperparameters": hp, "seed": seed + 1}
@@ -110,7 +113,7 @@ def _score(name: str, metrics: dict, table: Table) -> float:
 
     if "budget" in name:
         return score(metrics, ACCURACY, "max", Budgets.of(**{f"max_{SIZE}": table.float[SIZE] / 30}))
-    return forgiving_score(metrics, ACCURACY, "max", metrics[SIZE], table.float[SIZE])
+    return forgiving_score(metrics, ACCURACY, "max", SIZE, table.float[SIZE])
 
 
 def main() -> None:
@@ -121,14 +124,18 @@ def main() -> None:
     with _pool() as pool, measuring.progress_bar(console) as progress:
         bar = progress.add_task("replaying", total=len(runs))
         futures = {run: pool.submit(replay, *run, TRIALS) for run in runs}
-        volumes = {}
+        volumes, seen = {}, {}
         for run, future in futures.items():
-            volumes[run] = future.result()
+            volumes[run], seen[run] = future.result()
             measuring.advance(progress, bar)
-    text = _report(volumes, seeds)
-    console.print(text, markup=False, soft_wrap=True)
+    texts = {"search_replay": _report(volumes, seeds), "search_techniques": _techniques(seen, seeds)}
+    front = _front_page(seen, seeds)
+    for text in (*texts.values(), front):
+        console.print(text, markup=False, soft_wrap=True)
     if args.write:
-        tables.write("search_replay", text)
+        for name, text in texts.items():
+            tables.write(name, text)
+        tables.write("search_front", front, tables.FRONT_PAGE)
 
 
 def _pool() -> ProcessPoolExecutor:
@@ -158,6 +165,58 @@ def _report(volumes: dict, seeds) -> str:
 def _first_at(row: np.ndarray) -> float:
     """The number of trials after which enough was reached; one more than there were where it was not."""
     return float(np.argmax(row >= ENOUGH) + 1) if (row >= ENOUGH).any() else float(len(row) + 1)
+
+
+def _techniques(seen: dict, seeds) -> str:
+    """For every result of one technique alone: the most accurate one of a search that is no larger."""
+    rows, lost = [], []
+    for task in search_trials.TASKS:
+        table = _table(task)
+        for technique, chosen in _SINGLE.items():
+            for key in filter(chosen, table.metrics):
+                alone = table.metrics[key]
+                if alone[ACCURACY] < table.float[ACCURACY] - POINTS_BELOW:
+                    continue  # worse than the reference point
+                best = [_within(seen[task, "tpe, seeded", seed], alone[SIZE]) for seed in seeds]
+                gain = Estimate.of([100 * (each - alone[ACCURACY]) for each in best])
+                lost.append(-gain.median)
+                cells = (f"{alone[SIZE]:,.0f}", f"{alone[ACCURACY]:.1%}", f"{np.median(best):.1%}", gain.text(2))
+                rows.append((f"{task}: {technique}, {_amount(technique, key)}", *cells))
+    header = ("one technique alone", "packed bytes", "accuracy", "found by a search, no larger", "points more [95 %]")
+    least = f"the least gain of all rows is {-max(lost):.2f} points"
+    worst = f"{len(seeds)} searches of {TRIALS} trials with seeding; {least}."
+    return "\n\n".join([tables.markdown(header, rows), worst])
+
+
+def _front_page(seen: dict, seeds) -> str:
+    rows = []
+    for task in search_trials.TASKS:
+        table = _table(task)
+        cells = [f"{table.float[ACCURACY]:.1%}, {table.float[SIZE]:,.0f}"]
+        for part in _BUDGETS:
+            best = [_within(seen[task, "tpe, seeded", seed], table.float[SIZE] / part) for seed in seeds]
+            cells.append(f"{np.median(best):.1%}, {table.float[SIZE] / part:,.0f}")
+        rows.append((task, *cells))
+    header = ("accuracy and packed bytes", "before", *(f"1/{part} of the bytes" for part in _BUDGETS))
+    about = f"Median of {len(seeds)} searches of {TRIALS} trials each; the bytes are the budget."
+    return f"{tables.markdown(header, rows)}\n\n{about} {tables.machine('keras-tuner', 'optuna')}"
+
+
+_BUDGETS = (10, 20, 40)
+
+_SINGLE = {
+    "neurons": lambda key: key[0] == 32 and key[1] > 0 and key[2] == 0,
+    "pruning": lambda key: key[0] == 32 and key[1] == 0 and key[2] > 0,
+    "int8": lambda key: key == (8, 0.0, 0.0),
+}
+
+
+def _amount(technique: str, key: tuple) -> str:
+    return {"neurons": f"{key[1]:.0%}", "pruning": f"{key[2] or 0:.0%}", "int8": "8 bits"}[technique]
+
+
+def _within(metrics: list[dict], size: float) -> float:
+    return max((each[ACCURACY] for each in metrics if each[SIZE] <= size), default=0.0)
 
 
 def _bars(regrets: dict, needed: dict) -> list[Bar]:

@@ -109,6 +109,16 @@ def _train_float(task: str, folder: str) -> dict:
     return {name: result.metrics[name] for name in METRICS}
 
 
+def _profile(task: str, folder: str) -> dict:
+    """The sensitivity of the float network, from which the first trials of a search come."""
+    import keras
+
+    from keras_squeeze.search.sensitivity import sensitivity
+
+    _, test = _data(task)
+    return sensitivity(keras.models.load_model(pathlib.Path(folder, "float.keras")), test).to_dict()
+
+
 def _run(task: str, folder: str, values: dict) -> dict:
     """Trains one configuration; what it measures."""
     import keras
@@ -148,6 +158,7 @@ def record(task: str, quick: bool, console: Console) -> None:
     with tempfile.TemporaryDirectory() as folder, _pool() as pool, measuring.progress_bar(console) as progress:
         bar = progress.add_task(task, total=len(todo))
         found["float"] = pool.submit(_train_float, task, folder).result()
+        found["sensitivity"] = pool.submit(_profile, task, folder).result()
         for values in todo:
             found["trials"].append({"values": values, "metrics": pool.submit(_run, task, folder, values).result()})
             if not quick:

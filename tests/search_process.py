@@ -10,7 +10,8 @@ import time
 import keras_tuner as kt
 import searches
 
-from keras_squeeze.search.chief import Heartbeat, heartbeat_seconds, serve
+from keras_squeeze.search.alive import Heartbeat, heartbeat_seconds
+from keras_squeeze.search.chief import serve
 
 
 class Worker(searches.Search):

@@ -13,9 +13,11 @@ import threading
 import time
 
 import pytest
+import searches
 from searches import ask_and_tell, in_directory, oracle, results
 
-from keras_squeeze.search.chief import Heartbeat, heartbeat_seconds, serve
+from keras_squeeze.search.alive import Heartbeat, heartbeat_seconds
+from keras_squeeze.search.chief import serve
 from keras_squeeze.search.configurations import identity
 
 
@@ -118,7 +120,11 @@ def test_two_workers_share_a_search(tmp_path, address):
 def test_one_worker_alone_tries_what_a_single_process_does(tmp_path, address):
     made = in_directory(oracle(8, seed=5), tmp_path / "chief")
     chief = Chief(made, dead_after=20)
-    assert work(client(made), "worker0") == 8
+    worker = client(made)
+    stranger = searches.oracle(50, seed=7)._started()
+    stranger.trial_id, stranger.status = "0042", "COMPLETED"
+    worker.end_trial(stranger)  # of a search that was here before
+    assert work(worker, "worker0") == 8
     chief.join()
     alone = ask_and_tell(in_directory(oracle(8, seed=5), tmp_path / "alone"))
     assert [x.hyperparameters.values for x in made.trials.values()] == alone

@@ -144,6 +144,18 @@ def test_losses_are_minimised(model, data, tmp_path):
     assert result.metrics[objective.name] < -1
 
 
+def test_forgiving(model, data, tmp_path):
+    """AutoQKeras's formula, by hand; a budget that is broken is not forgiven."""
+    hyper = ks.CompressionHyperModel(model, search_tasks.space(), artifact="packed")
+    forgiving, bounded = hyper.objective(forgiving=8), hyper.objective(forgiving=8, max_size_bytes=10)
+    result = one_trial(hyper, data, tmp_path / "trial", bits=8, neurons=0.3, sparsity=0.0)
+    before = ks.save_packed(model, tmp_path / "before")
+    halvings = np.log2(before / result.metrics["size_bytes"])
+    expected = result.metrics["val_accuracy"] * (1 + 0.08 * halvings)
+    assert result.metrics[forgiving.name] == pytest.approx(expected)
+    assert result.metrics[bounded.name] < -1
+
+
 def test_a_function_that_makes_the_model():
     hyper = ks.CompressionHyperModel(lambda: search_tasks.network(epochs=1))
     assert hyper.metric == "accuracy"

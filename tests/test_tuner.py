@@ -81,6 +81,15 @@ def test_best_within_budgets(finished):
         tuner.best(max_size_bytes=10, min_size_bytes=20)
 
 
+def test_knee(finished):
+    """Farthest below the line between the ends of the front, bytes on a log scale."""
+    tuner, _, _ = finished
+    points = np.array([[r.metrics["val_accuracy"], -np.log(r.metrics["size_bytes"])] for r in tuner.pareto_front()])
+    spread = np.ptp(points, axis=0)
+    scaled = (points - points.min(axis=0)) / np.where(spread > 0, spread, 1)
+    assert tuner.knee().metrics == tuner.pareto_front()[int(scaled.sum(axis=1).argmax())].metrics
+
+
 def test_what_is_said(finished):
     _, said, _ = finished
     text = "\n".join(said)
@@ -153,7 +162,7 @@ def test_a_failing_recipe_is_not_the_end(tmp_path):
     tuner.search(*train, validation_data=validation, epochs=1, verbose=0)
     assert [trial.status for trial in oracle.trials.values()] == ["FAILED"] * 3 + ["COMPLETED"] * 2
     assert len(tuner.results()) == 2
-    assert "no such kernel" in oracle.trials["0"].message
+    assert "no such kernel" in oracle.trials["0000"].message
 
 
 def test_hopeless_trials_end_early(tmp_path):

@@ -1,4 +1,4 @@
-"""A search on several machines: the chief that hands out trials, and the sign of life of those that run them.
+"""A search on several machines: the chief, which hands out trials to workers.
 
 The protocol is Keras Tuner's own, and so are the variables: `KERASTUNER_TUNER_ID` (the chief's contains `chief`),
 `KERASTUNER_ORACLE_IP` and `KERASTUNER_ORACLE_PORT`. What Keras Tuner's chief lacks is here: it survives the death of a
@@ -8,7 +8,6 @@ worker, it ends, and it does not share its port with another one.
 import contextlib
 import os
 import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,12 +18,11 @@ from keras_tuner.engine.trial import Trial, TrialStatus
 from keras_tuner.src import protos
 from keras_tuner.src.distribute.oracle_chief import OracleServicer
 
-from keras_squeeze.search.oracle import PROGRESS, ParetoOracle
+from keras_squeeze.search.oracle import ParetoOracle
 
 _IDLE_SECONDS = 0.5  # how long a worker without work waits for its next answer
 _MOST_WORKERS = 64  # that are answered at once
 _LAST_ANSWERS = 5.0  # seconds for answers that are on their way when the search ends
-_JOIN_SECONDS = 2.0
 
 
 def serve(oracle: ParetoOracle, *, dead_after: float = 120.0, on_change: Callable[[], None] | None = None) -> None:
@@ -74,60 +72,6 @@ def serve(oracle: ParetoOracle, *, dead_after: float = 120.0, on_change: Callabl
         )
 
 
-class Heartbeat:
-    """Tells the chief every few seconds that the trial is being worked on, whatever else this process is busy with.
-
-    A context manager around the trial. Nothing happens where the oracle is in this process, and a sign that does not
-    get through is no error.
-
-    Args:
-        oracle: The tuner's.
-        trial_id: What runs.
-        every: Seconds between the signs, such as `heartbeat_seconds(dead_after)`.
-
-    Attributes:
-        superseded: Whether the chief has a result for this trial already, from another worker.
-
-    Example:
-
-    ```python
-    with Heartbeat(self.oracle, trial.trial_id, every=15.0):
-        results = self.run_trial(trial)
-    ```
-    """
-
-    def __init__(self, oracle, trial_id: str, every: float = 15.0):
-        self.superseded = False
-        self._oracle = oracle
-        self._trial_id = trial_id
-        self._every = every
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> "Heartbeat":
-        if not isinstance(self._oracle, keras_tuner.Oracle):
-            self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._over.set()
-        if self._thread is not None:
-            self._thread.join(_JOIN_SECONDS)
-
-    def _beat(self) -> None:
-        while not self._over.is_set():
-            with contextlib.suppress(Exception):
-                trial = self._oracle.update_trial(self._trial_id, {f"{PROGRESS}alive": 1.0})
-                self.superseded = trial.status in (TrialStatus.COMPLETED, TrialStatus.FAILED)
-            self._over.wait(self._every)
-
-
-def heartbeat_seconds(dead_after: float) -> float:
-    """How often a worker shows that it is alive: six times before it counts as dead, at least every 15 seconds."""
-    return min(15.0, dead_after / 6)
-
-
 class _Servicer(OracleServicer):
     """Answers workers, and knows when it heard of each."""
 
@@ -159,7 +103,8 @@ class _Servicer(OracleServicer):
         with self.oracle.lock:
             self._hear(context, request.trial.trial_id)
             try:
-                self.oracle.end_trial(Trial.from_proto(request.trial), tuner_id=self._tuners.get(context.peer()))
+                if request.trial.trial_id in self.oracle.trials:  # else of a search that was here before
+                    self.oracle.end_trial(Trial.from_proto(request.trial), tuner_id=self._tuners.get(context.peer()))
             except Exception as error:
                 self.error = error
             return protos.get_service().EndTrialResponse()

@@ -4,7 +4,7 @@ import contextlib
 import operator
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -16,7 +16,7 @@ from keras_squeeze.graphs import compile_like, functional_of
 from keras_squeeze.recipe import Recipe
 from keras_squeeze.search.artifacts import ARTIFACTS, Result, write_files, write_result
 from keras_squeeze.search.metrics import find_direction
-from keras_squeeze.search.objectives import Budgets, direction_of, score
+from keras_squeeze.search.objectives import Budgets, direction_of, forgiving_score, score
 from keras_squeeze.search.space import CompressionSpace
 from keras_squeeze.steps import FineTune
 
@@ -72,7 +72,8 @@ class CompressionHyperModel(keras_tuner.HyperModel):
             known = ", ".join(map(repr, ARTIFACTS))
             raise ValueError(f"`artifact` must be one of {known}. Received: artifact={artifact!r}")
         self.artifact, self.latency = artifact, latency
-        self._objectives: dict[str, Budgets] = {}
+        self._objectives: dict[str, tuple[Budgets, float | None]] = {}
+        self._size_before: float | None = None
         self._finished: dict[str, pathlib.Path] = {}  # the directories of trials, by trial and by hyperparameters
 
     @property
@@ -81,18 +82,24 @@ class CompressionHyperModel(keras_tuner.HyperModel):
         latency = ["latency_ms"] if self.latency else []
         return [f"val_{self.metric}", "size_bytes", "tflite_bytes", "packed_bytes", "macs", "energy_pj", *latency]
 
-    def objective(self, **budgets: float) -> keras_tuner.Objective:
+    def objective(self, *, forgiving: float | None = None, **budgets: float) -> keras_tuner.Objective:
         """One number to maximise, for tuners that take one: the metric, and below all of that what breaks a budget.
 
         Args:
+            forgiving: How many percent of the metric a model may lose for every halving of `size_bytes`: AutoQKeras's
+                forgiving factor, 8 there. None: size counts only where it has a budget.
             budgets: `max_<metric>` or `min_<metric>`, such as `max_size_bytes=50_000`.
 
         Raises:
             TypeError, ValueError: budgets that contradict each other, or that are none.
         """
         found = Budgets.of(**budgets)
-        name = f"score({found.text()})" if budgets else "score"
-        self._objectives[name] = found
+        if forgiving is not None and (isinstance(forgiving, bool) or not forgiving > 0):
+            raise ValueError(f"`forgiving` must be None or percent, above 0. Received: forgiving={forgiving!r}")
+        details = [f"forgiving {forgiving:g} %"] if forgiving else []
+        details += [found.text()] if budgets else []
+        name = f"score({', '.join(details)})" if details else "score"
+        self._objectives[name] = found, forgiving
         return keras_tuner.Objective(name, "max")
 
     def build(self, hp):
@@ -153,7 +160,8 @@ class CompressionHyperModel(keras_tuner.HyperModel):
             **options,
             **({} if weights is None else {"sample_weight": weights}),
         }
-        trained = (continued or recipe).fit(model or self.model, x, y, **options)
+        with _begun_once(options.pop("callbacks", None)) as callbacks:
+            trained = (continued or recipe).fit(model or self.model, x, y, callbacks=callbacks, **options)
         result = write_result(
             trained,
             recipe,
@@ -164,10 +172,20 @@ class CompressionHyperModel(keras_tuner.HyperModel):
             artifact=self.artifact,
             latency=self.latency,
         )
-        name = f"val_{self.metric}"
-        for objective, budgets in self._objectives.items():
-            result.metrics[objective] = score(result.metrics, name, self.direction, budgets)
+        for objective, (budgets, forgiving) in self._objectives.items():
+            result.metrics[objective] = self._score(result.metrics, budgets, forgiving)
         return trained, result
+
+    def _score(self, metrics: dict[str, float], budgets: Budgets, forgiving: float | None) -> float:
+        name = f"val_{self.metric}"
+        plain = score(metrics, name, self.direction, budgets)
+        if forgiving is None or not budgets.met_by(metrics):
+            return plain
+        if self._size_before is None:
+            with _temporary() as folder:
+                sizes, _ = write_files(self.model, pathlib.Path(folder), None, artifact=self.artifact)
+            self._size_before = sizes["size_bytes"]
+        return forgiving_score(metrics, name, self.direction, "size_bytes", self._size_before, percent=forgiving)
 
     def estimate(self, recipe: Recipe, *, x, y=None) -> dict[str, float]:
         """What a trial's model will take, by running its recipe without training: bytes, MACs, energy.
@@ -218,6 +236,18 @@ def _sorted(callbacks) -> tuple[list, SaveBestEpoch | None, Any, Any]:
     ours = next((callback for callback in callbacks if isinstance(callback, TunerCallback)), None)
     others = [callback for callback in callbacks if callback is not saver]
     return others, saver, *((None, None) if ours is None else (ours.tuner, ours.trial))
+
+
+@contextlib.contextmanager
+def _begun_once(callbacks) -> Iterator[list]:
+    """The callbacks without that of TensorBoard's hyperparameters, which bears one `fit` only: it sees all of them."""
+    callbacks = list(callbacks or ())
+    hparams = [each for each in callbacks if type(each).__module__.startswith("tensorboard.plugins.hparams")]
+    for callback in hparams:
+        callback.on_train_begin()
+    yield [each for each in callbacks if each not in hparams]
+    for callback in hparams:
+        callback.on_train_end()
 
 
 def _key(hp) -> str:

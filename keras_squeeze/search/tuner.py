@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -14,16 +15,17 @@ from keras_tuner.src.engine.tuner import maybe_distribute
 
 from keras_squeeze import plots
 from keras_squeeze.recipe import Recipe
-from keras_squeeze.search import chief
+from keras_squeeze.search.alive import Heartbeat, heartbeat_seconds, wait_for_chief
 from keras_squeeze.search.artifacts import Result, write_result
 from keras_squeeze.search.hypermodel import CompressionHyperModel, check_validation, split_validation
-from keras_squeeze.search.objectives import Budgets, pareto_front
+from keras_squeeze.search.objectives import Budgets, is_size, knee_point, pareto_front
 from keras_squeeze.search.oracle import ParetoOracle
-from keras_squeeze.search.results import STOPPED_EARLY
 from keras_squeeze.search.seeding import first_configurations
 from keras_squeeze.search.sensitivity import sensitivity as profile_of
+from keras_squeeze.search.summaries import duration, extremes, in_words, table_of
 from keras_squeeze.search.watching import HopelessTrialError, Watch
 
+_WIDTH = 140  # of a table that goes to a file
 _FEW_EPOCHS = 4  # of a trial, that is over before there is a reason to stop it
 
 
@@ -47,7 +49,6 @@ class CompressionTuner(keras_tuner.Tuner):
         stop_early: Whether trials that the front is far ahead of are ended half-way.
         dead_after: Seconds after which the chief takes a worker for dead that it has not heard of.
         distribution_strategy: A `tf.distribute.Strategy` that each trial trains under.
-        options: The rest of what `keras_tuner.Tuner` takes.
 
     Raises:
         TypeError: no such hypermodel or oracle.
@@ -75,7 +76,6 @@ class CompressionTuner(keras_tuner.Tuner):
         stop_early: bool = True,
         dead_after: float = 120.0,
         distribution_strategy=None,
-        **options,
     ):
         if not isinstance(hypermodel, CompressionHyperModel):
             raise TypeError(f"`hypermodel` must be a `CompressionHyperModel`. Received: {hypermodel!r}")
@@ -99,7 +99,6 @@ class CompressionTuner(keras_tuner.Tuner):
             project_name=project_name,
             overwrite=overwrite and not is_worker,  # the chief does it, once
             distribution_strategy=distribution_strategy,
-            **options,
         )
 
     def search(self, *args, **kwargs) -> None:
@@ -123,13 +122,18 @@ class CompressionTuner(keras_tuner.Tuner):
         self._say, self._began = say, time.monotonic()
         self._told = self._told_before = len(self._whole_oracle.end_order)
         if distributed.is_chief_oracle():
+            from keras_squeeze.search import chief
+
             self.save()
             chief.serve(self.oracle, dead_after=self._dead_after, on_change=self._tell)
             return
+        if self._is_worker():
+            wait_for_chief()
         super().search(*args, **kwargs)
 
     def run_trial(self, trial, *args, **kwargs) -> dict[str, float]:
         """Trains, finishes and measures one configuration."""
+        keras.utils.clear_session()  # what earlier trials left behind
         recipe = self.hypermodel.space.recipe(trial.hyperparameters)
         directory = self.get_trial_dir(trial.trial_id)
         callbacks = self._deepcopy_callbacks(kwargs.pop("callbacks", None) or [])
@@ -137,7 +141,7 @@ class CompressionTuner(keras_tuner.Tuner):
         data = dict(zip(("x", "y"), args, strict=False))
         with contextlib.ExitStack() as stack:
             stack.enter_context(maybe_distribute(self.distribution_strategy))
-            stack.enter_context(chief.Heartbeat(self.oracle, trial.trial_id, chief.heartbeat_seconds(self._dead_after)))
+            stack.enter_context(Heartbeat(self.oracle, trial.trial_id, heartbeat_seconds(self._dead_after)))
             if self._stops and kwargs.get("epochs", 1) >= _FEW_EPOCHS:
                 callbacks.append(self._watch(recipe, trial.trial_id, {**data, **kwargs}))
             try:
@@ -190,10 +194,25 @@ class CompressionTuner(keras_tuner.Tuner):
         inside = [r for r in results if limits.met_by(r.metrics) and self._whole_oracle.budgets.met_by(r.metrics)]
         if not inside:
             nearest = min(results, key=lambda r: limits.violation(r.metrics))
-            raise ValueError(f"No trial keeps {limits.text()}. {_smallest(results, budgets)} The nearest is {nearest}")
+            raise ValueError(f"No trial keeps {limits.text()}. {extremes(results, budgets)} The nearest is {nearest}")
         metric = f"val_{self.hypermodel.metric}"
         sign = 1 if self.hypermodel.direction == "max" else -1
         return max(inside, key=lambda r: (sign * r.metrics[metric], -r.metrics["size_bytes"]))
+
+    def knee(self) -> Result:
+        """The best trade-off between the objectives: past it, a little of one costs much of another.
+
+        Sizes are compared by ratio.
+
+        Raises:
+            ValueError: no trial is finished.
+        """
+        results = self.results()
+        if not results:
+            raise ValueError("No trial is finished. Call `search` first.")
+        objectives = self._whole_oracle.objectives
+        points = [[_scaled(result.metrics[x.name], x.name) for x in objectives] for result in results]
+        return results[knee_point(points, [x.direction for x in objectives])]
 
     def plot_pareto(self, path, *, x: str | None = None, y: str | None = None) -> pathlib.Path:
         """Draws all results and the front.
@@ -236,22 +255,31 @@ class CompressionTuner(keras_tuner.Tuner):
         shown = {result.directory for result in front}
         others = [result for result in self.results() if result.directory not in shown]
         rows = [*((result, True) for result in front), *((result, False) for result in others)][:num_trials]
-        Console().print(_table(rows, self._before()))
+        console = Console()
+        console.print(table_of(rows, self._before()), width=None if console.is_terminal else _WIDTH)
         print(f"Results are in {self.project_dir}. * is on the front: no other trial is better in every objective.")
 
     # Where things are.
 
     def _get_tuner_fname(self) -> str:
-        """The same whoever runs the search, so that a single process reads what a chief began."""
-        return str(pathlib.Path(self.project_dir, "tuner.json"))
+        """The oracle's, whoever runs the search, so that a single process reads what a chief began."""
+        return str(pathlib.Path(self.project_dir, "oracle.json"))
 
     def save(self) -> None:
-        if not self._is_worker():  # workers have no state
-            super().save()
+        if not self._is_worker():  # all there is to keep is the oracle's
+            self.oracle.save()
 
     def reload(self) -> None:
-        if not self._is_worker():
-            super().reload()
+        if self._is_worker():
+            self._populate_initial_space()
+            return
+        self.oracle.reload()
+        declared = keras_tuner.HyperParameters()
+        self.hypermodel.space.recipe(declared)
+        self.oracle.check_space(declared)
+
+    def _run_and_update_trial(self, trial, *args, **kwargs) -> None:
+        self.oracle.update_trial(trial.trial_id, self.run_trial(trial, *args, **kwargs))
 
     def _completed(self) -> list:
         if self._is_worker():
@@ -302,7 +330,7 @@ class CompressionTuner(keras_tuner.Tuner):
         for trial_id in oracle.end_order[self._told :]:
             trial = oracle.trials[trial_id]
             self._told += 1
-            self._say(f"keras_squeeze: trial {self._told} of {oracle.max_trials}, {_in_words(trial, oracle)}")
+            self._say(f"keras_squeeze: trial {self._told} of {oracle.max_trials}, {in_words(trial, oracle)}")
             self._say(f"  {self._outlook()}")
 
     def _outlook(self) -> str:
@@ -316,28 +344,12 @@ class CompressionTuner(keras_tuner.Tuner):
         done = self._told - self._told_before
         left = oracle.max_trials - self._told
         if left and done:
-            parts.append(f"about {_duration((time.monotonic() - self._began) / done * left)} left")
+            parts.append(f"about {duration((time.monotonic() - self._began) / done * left)} left")
         return "; ".join(parts)
 
 
-def _in_words(trial, oracle: ParetoOracle) -> str:
-    values = ", ".join(f"{name} {_number(value)}" for name, value in trial.hyperparameters.values.items())
-    if trial.status != "COMPLETED":
-        reason = (trial.message or "").strip().splitlines()
-        return f"{values}: failed: {reason[-1] if reason else 'no reason was given'}"
-    found = ", ".join(f"{x.name} {_number(trial.metrics.get_last_value(x.name))}" for x in oracle.objectives)
-    early = " (ended early)" if trial.metrics.exists(STOPPED_EARLY) else ""
-    return f"{values}: {found}{early}"
-
-
-def _number(value) -> str:
-    return str(value) if isinstance(value, (str, bool)) else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _scaled(value: float, name: str) -> float:
+    return math.log(value) if is_size(name) and value > 0 else value
 
 
 def _validation(args, kwargs):
@@ -355,35 +367,6 @@ def _check_objectives(oracle: ParetoOracle, hypermodel: CompressionHyperModel) -
             raise ValueError(
                 f"The search measures {', '.join(known)}. Received: an objective or a budget for {name!r}."
             )
-
-
-def _smallest(results: list[Result], budgets: Mapping[str, float]) -> str:
-    """The extreme that was found of everything that has a budget."""
-    found = []
-    for budget in budgets:
-        kind, _, name = budget.partition("_")
-        values = [result.metrics[name] for result in results if name in result.metrics]
-        extreme = min(values) if kind == "max" else max(values)
-        found.append(f"The {'smallest' if kind == 'max' else 'largest'} {name} found is {_number(extreme)}.")
-    return " ".join(found)
-
-
-def _table(rows: list[tuple[Result, bool]], before: Mapping[str, float]):
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    names = list(rows[0][0].metrics) if rows else []
-    table = Table(box=SIMPLE_HEAD, title="What the search found")
-    table.add_column("", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_column("recipe", overflow="fold")
-    if before:
-        table.add_row("", *(_number(before[name]) if name in before else "-" for name in names), "before")
-    for result, on_front in rows:
-        numbers = (_number(result.metrics[name]) if name in result.metrics else "-" for name in names)
-        table.add_row("*" if on_front else "", *numbers, f"{result.recipe} ({result.directory.name})")
-    return table
 
 
 def _write_scalars(metrics: Mapping[str, float], callbacks) -> None:
