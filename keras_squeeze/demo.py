@@ -22,6 +22,7 @@ from keras_squeeze.deployment.packing import save_packed
 from keras_squeeze.pruning.magnitude import MagnitudePruning
 from keras_squeeze.pruning.neuron import NeuronPruning
 from keras_squeeze.pruning.shrinking import shrink
+from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.conversion import finalize, quantize_aware
 from keras_squeeze.quantization.scheduling import QuantizationSchedule
 from keras_squeeze.quantization.wrapper import QuantizeAware
@@ -325,11 +326,16 @@ def _front_table(demo: Demo):
     from rich.table import Table
 
     table = Table(title="What the search found")
-    for heading in ("accuracy", "bytes, packed file", "bytes, .tflite file"):
+    headings = ("accuracy", "bytes, packed file", "bytes, .tflite file", "neurons removed", "weights pruned", "bits")
+    for heading in headings:
         table.add_column(heading, justify="right")
-    table.add_column("recipe", overflow="fold")
     for result in demo.front:
-        sizes = (result.metrics.get(name) for name in ("packed_bytes", "tflite_bytes"))
-        cells = ("-" if size is None else f"{size:,.0f}" for size in sizes)
-        table.add_row(f"{demo.accuracy(result.load_model()):.1%}", *cells, str(result.recipe))
+        plan = result.recipe.plan()
+        sizes = [result.metrics.get(name) for name in ("packed_bytes", "tflite_bytes")]
+        table.add_row(
+            f"{demo.accuracy(result.load_model()):.1%}",
+            *("-" if size is None else f"{size:,.0f}" for size in sizes),
+            *(f"{plan.get(name, 0.0):.0%}" for name in ("neurons", "sparsity")),
+            str(quantizers.get(plan["weights"]).bits),
+        )
     return table
