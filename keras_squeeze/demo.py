@@ -331,11 +331,12 @@ def _front_table(demo: Demo):
         table.add_column(heading, justify="right")
     for result in demo.front:
         plan = result.recipe.plan()
+        quantizer = quantizers.get(plan.get("weights"))
         sizes = [result.metrics.get(name) for name in ("packed_bytes", "tflite_bytes")]
         table.add_row(
             f"{demo.accuracy(result.load_model()):.1%}",
             *("-" if size is None else f"{size:,.0f}" for size in sizes),
             *(f"{plan.get(name, 0.0):.0%}" for name in ("neurons", "sparsity")),
-            str(quantizers.get(plan["weights"]).bits),
+            str(quantizer.bits if quantizer else 32),
         )
     return table

@@ -179,6 +179,30 @@ def test_quantize_while_a_model_trains_that_was_not_compiled(folder, capsys, tmp
     assert facts["val_accuracy"][1] == pytest.approx(score, abs=1e-6)
 
 
+def own_loss(y_true, y_pred):
+    return keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+
+
+def test_a_loss_that_keras_does_not_know(folder, capsys, tmp_path):
+    """Such a file is as good as one that was not compiled."""
+    model = load(folder / "new.keras")
+    model.compile("adam", own_loss, metrics=["accuracy"])
+    model.save(tmp_path / "own.keras")
+    arguments = ("prune", tmp_path / "own.keras", tmp_path / "out.keras", "--sparsity", 0.5)
+    data = ("--epochs", 1, "--data", folder / "train.npz")
+    assert "a loss or metric that is not Keras's own. Pass --loss" in error(capsys, *arguments, *data)
+    assert run(capsys, *arguments, *data, *LOGITS)[0] == 0
+    assert load(tmp_path / "out.keras").compiled
+
+
+def test_a_packed_model_goes_in(folder, capsys, tmp_path):
+    ks.save_packed(load(folder / "new.keras"), tmp_path / "model.squeeze")
+    run_json(capsys, "prune", tmp_path / "model.squeeze", tmp_path / "out.squeeze", "--sparsity", 0.5)
+    expected = load(folder / "new.keras")
+    ks.prune_weights(expected, 0.5)
+    assert_same(ks.load_packed(tmp_path / "out.squeeze"), expected)
+
+
 @pytest.fixture
 def recipe(tmp_path):
     text = "steps:\n- {step: prune_weights, schedule: 0.5}\n- {step: export, path: half.tflite, precision: float16}\n"
