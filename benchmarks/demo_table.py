@@ -13,6 +13,7 @@ def main() -> None:
     args = tables.parse(parser)
     if args.quick:
         demo.DENSE_EPOCHS, demo.PRUNING_EPOCHS, demo.QUANTIZED_EPOCHS, demo.BINARY_EPOCHS = 1, 2, 1, 1
+        demo.SEARCH_TRIALS, demo.SEARCH_EPOCHS = 2, 1
     with tempfile.TemporaryDirectory() as directory:
         rows = demo.run_demo(directory, seed=args.seed)
     header, *body = demo.table_cells(rows)

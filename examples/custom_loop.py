@@ -1,19 +1,24 @@
 """Prune in a training loop of your own.
 
-Run it with `python examples/custom_loop.py`; the data is scikit-learn's handwritten digits.
+Run it with `python examples/custom_loop.py`, on scikit-learn's handwritten digits, or with
+`--dataset mnist`, `fashion_mnist` or `cifar10`.
 """
 
+import datasets
 import keras
 import tensorflow as tf
-from sklearn.datasets import load_digits
 
 import keras_squeeze as ks
 
-data = load_digits()
-dataset = tf.data.Dataset.from_tensor_slices(((data.data / 16).astype("float32"), data.target))
-dataset = dataset.shuffle(2000, seed=0).batch(64).repeat(10)
+options = datasets.arguments(__doc__, epochs=10)
+(images, labels), _ = datasets.load(options.dataset)
+dataset = tf.data.Dataset.from_tensor_slices((images, labels))
+dataset = dataset.shuffle(2000, seed=0).batch(64).repeat(options.epochs)
 
-model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(128, activation="relu"), keras.layers.Dense(10)])
+layers = keras.layers
+model = keras.Sequential(
+    [keras.Input(images.shape[1:]), layers.Flatten(), layers.Dense(128, activation="relu"), layers.Dense(10)]
+)
 optimizer = keras.optimizers.Adam()
 loss_function = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 

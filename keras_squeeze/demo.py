@@ -6,6 +6,7 @@ about what it did. A new feature shows itself by one more entry in `STAGES`.
 
 import functools
 import gzip
+import itertools
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,10 +22,13 @@ from keras_squeeze.deployment.packing import save_packed
 from keras_squeeze.pruning.magnitude import MagnitudePruning
 from keras_squeeze.pruning.neuron import NeuronPruning
 from keras_squeeze.pruning.shrinking import shrink
+from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.conversion import finalize, quantize_aware
 from keras_squeeze.quantization.scheduling import QuantizationSchedule
 from keras_squeeze.quantization.wrapper import QuantizeAware
 from keras_squeeze.report import summarize
+from keras_squeeze.search.artifacts import Result
+from keras_squeeze.search.space import CompressionSpace
 
 TARGET_SPARSITY = 0.9
 TARGET_NEURONS = 0.5
@@ -32,6 +36,10 @@ DENSE_EPOCHS = 15
 PRUNING_EPOCHS = 25
 QUANTIZED_EPOCHS = 10
 BINARY_EPOCHS = 25
+SEARCH_TRIALS = 12
+SEARCH_EPOCHS = 6
+
+_HELD_OUT = 300  # training images that the search judges its trials on
 
 _HEADINGS = {
     "parameters": "parameters",
@@ -54,6 +62,7 @@ class Demo:
         directory: Where models and pictures are written.
         train, test: `(images, labels)`; images (n, 8, 8, 1) in [0, 1].
         models: The models so far, by the name of their row in the table.
+        front: The best trade-offs of the search.
         on_epoch: Called after each training epoch with the fraction of the stage that is done.
     """
 
@@ -62,6 +71,7 @@ class Demo:
     test: tuple[np.ndarray, np.ndarray]
     on_epoch: Callable[[float], None]
     models: dict[str, keras.Model] = field(default_factory=dict)
+    front: list[Result] = field(default_factory=list)
 
     def fit(self, model: keras.Model, epochs: int, *callbacks: keras.callbacks.Callback) -> dict:
         """Trains on the digits, validates on the test images, and moves the progress bar."""
@@ -154,6 +164,32 @@ def binarize(demo: Demo) -> str:
     return f"trained with weights of one bit, the first and the last layer with eight: {bits:g} bits on average"
 
 
+def search(demo: Demo) -> str:
+    """Neurons, weights and bits together: which balance is best, for how many bytes?"""
+    from keras_squeeze.search.hypermodel import CompressionHyperModel
+    from keras_squeeze.search.oracle import ParetoOracle
+    from keras_squeeze.search.tuner import CompressionTuner
+
+    judges, train = ([part[half] for part in demo.train] for half in (slice(_HELD_OUT), slice(_HELD_OUT, None)))
+    model = keras.models.clone_model(demo.models["dense"])  # a new one, which has not seen the images it is judged on
+    _compile(model)
+    model.fit(*train, epochs=DENSE_EPOCHS, batch_size=64, verbose=0)
+    space = CompressionSpace(neurons=(0.0, 0.7), sparsity=(0.0, 0.9), bits=(8, 4, 2))
+    hyper = CompressionHyperModel(model, space, metric="accuracy", artifact="packed")
+    oracle = ParetoOracle(["val_accuracy", "size_bytes"], SEARCH_TRIALS, seed=0)
+    tuner = CompressionTuner(hyper, oracle, directory=demo.directory / "search", overwrite=True, stop_early=False)
+    epochs = itertools.count(1)
+    progress = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: demo.on_epoch(next(epochs) / (SEARCH_TRIALS * SEARCH_EPOCHS))
+    )
+    how = {"validation_data": tuple(judges), "epochs": SEARCH_EPOCHS, "verbose": 0}
+    tuner.search(*train, **how, callbacks=[progress])
+    demo.on_epoch(1.0)
+    demo.front = tuner.pareto_front()
+    picture = tuner.plot_pareto(demo.directory / "front.png")
+    return f"tried {SEARCH_TRIALS} ways to combine them; the {len(demo.front)} best trade-offs: {picture}"
+
+
 def _width(layer) -> int:
     return getattr(layer, "filters", 0) or getattr(layer, "units", 0)
 
@@ -177,6 +213,7 @@ STAGES: list[tuple[str, Callable[[Demo], str]]] = [
     ("Quantize it to 8 bits instead", quantize),
     ("Quantize what was shrunk", quantize_small),
     ("Quantize it to one bit instead", binarize),
+    ("Search for the best combination", search),
 ]
 
 
@@ -214,6 +251,8 @@ def run_demo(directory: str | pathlib.Path = "squeeze-demo", *, seed: int = 0) -
             progress.update(task, completed=1.0)
     rows = [_row(demo, name, model) for name, model in demo.models.items()]
     console.print(_table(rows))
+    if demo.front:
+        console.print(_front_table(demo))
     console.print(f"Models and pictures are in {directory}/. Look inside one with keras_squeeze.summarize(model).")
     return rows
 
@@ -279,4 +318,25 @@ def _table(rows: list[dict]):
         table.add_column(name, justify="right")
     for cells in body:
         table.add_row(*cells)
+    return table
+
+
+def _front_table(demo: Demo):
+    """Accuracies are those on the test images, which the search has not seen."""
+    from rich.table import Table
+
+    table = Table(title="What the search found")
+    headings = ("accuracy", "bytes, packed file", "bytes, .tflite file", "neurons removed", "weights pruned", "bits")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for result in demo.front:
+        plan = result.recipe.plan()
+        quantizer = quantizers.get(plan.get("weights"))
+        sizes = [result.metrics.get(name) for name in ("packed_bytes", "tflite_bytes")]
+        table.add_row(
+            f"{demo.accuracy(result.load_model()):.1%}",
+            *("-" if size is None else f"{size:,.0f}" for size in sizes),
+            *(f"{plan.get(name, 0.0):.0%}" for name in ("neurons", "sparsity")),
+            str(quantizer.bits if quantizer else 32),
+        )
     return table

@@ -243,7 +243,7 @@ class Quantize(TrainingStep):
         model = quantize_aware(task.model, self.weights, self.activations, layers=self.layers)
         if task.fit is not None:
             task.fit(model, self._schedule(), *_zeros_of(model))
-        elif any(isinstance(layer, FakeQuantize) and layer.channels is None for layer in model._flatten_layers()):
+        elif needs_ranges(model):
             calibrate(model, task.sample)
         return model
 
@@ -332,6 +332,11 @@ def finished(model: keras.Model) -> keras.Model:
 
 def is_quantized(model: keras.Model) -> bool:
     return any(isinstance(layer, (QuantizeAware, FakeQuantize)) for layer in model._flatten_layers())
+
+
+def needs_ranges(model: keras.Model) -> bool:
+    """Whether activations are quantized, whose ranges come from data."""
+    return any(isinstance(layer, FakeQuantize) and layer.channels is None for layer in model._flatten_layers())
 
 
 def _beside(model: keras.Model) -> list[keras.callbacks.Callback]:

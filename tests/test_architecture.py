@@ -35,6 +35,7 @@ ORDER = [
     "search",
     "tfmot_compat",
     "demo",
+    "commands",
     "cli",
 ]
 STRANGERS = [("pruning", "quantization")]  # these never import each other

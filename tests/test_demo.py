@@ -1,5 +1,6 @@
 """The demo, its picture, the command line and the examples."""
 
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -15,7 +16,8 @@ from networks import count_zeros, small_convnet
 import keras_squeeze as ks
 from keras_squeeze import cli, demo, plots
 
-EXAMPLES = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("*.py"))
+FOLDER = pathlib.Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "datasets")
 
 
 @pytest.fixture
@@ -24,6 +26,8 @@ def short_demo(monkeypatch):
     monkeypatch.setattr(demo, "PRUNING_EPOCHS", 3)
     monkeypatch.setattr(demo, "QUANTIZED_EPOCHS", 2)
     monkeypatch.setattr(demo, "BINARY_EPOCHS", 2)
+    monkeypatch.setattr(demo, "SEARCH_TRIALS", 2)
+    monkeypatch.setattr(demo, "SEARCH_EPOCHS", 2)
 
 
 def test_the_table_says_what_is_in_the_files(short_demo, tmp_path, capsys):
@@ -58,8 +62,12 @@ def test_the_table_says_what_is_in_the_files(short_demo, tmp_path, capsys):
             file.invoke()
             right += file.get_tensor(file.get_output_details()[0]["index"])[0].argmax() == label
         assert f"{right / len(labels):.1%}" in printed
-    assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("widths", "pruning", "front"):
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    trials = list((tmp_path / "search" / "compression").glob("trial_*"))
+    assert len(trials) == 2
+    packed = [f"{(trial / 'model.squeeze').stat().st_size:,}" for trial in trials]
+    assert any(size in printed for size in packed)
 
 
 def test_train_and_test_digits_are_apart():
@@ -117,7 +125,30 @@ def test_an_unknown_command_says_which_there_are(capsys):
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(example, tmp_path):
-    done = subprocess.run([sys.executable, str(example)], check=False, cwd=tmp_path, capture_output=True, text=True)
+    fewer = ["--trials", "2"] if "trials" in example.read_text() else []
+    command = [sys.executable, str(example), "--epochs", "2", *fewer]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "sparsity" in done.stdout  # in the logs, or in the report
     assert re.search(r"^\s+total ", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mnist", (28, 28)), ("fashion_mnist", (28, 28)), ("cifar10", (32, 32, 3))]
+)
+def test_the_data_of_the_examples(name, shape, monkeypatch):
+    """The others come as Keras downloads them, here in a stand-in; all end in one form."""
+    specification = importlib.util.spec_from_file_location("datasets_of_the_examples", FOLDER / "datasets.py")
+    datasets = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(datasets)
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (30, *shape), dtype="uint8"), random.integers(0, 10, 30, dtype="uint8")
+    given = (images, labels.reshape(-1, 1) if len(shape) == 3 else labels)
+    monkeypatch.setattr(getattr(keras.datasets, name), "load_data", lambda: (given, given))
+    for found in (*datasets.load(name), *datasets.load("digits")):
+        assert found[0].dtype == "float32"
+        assert found[0].ndim == 4
+        assert (found[0].min(), found[0].max()) == (0, 1)
+        assert found[1].dtype == "int32"
+        assert found[1].shape == found[0].shape[:1]
+    np.testing.assert_array_equal(datasets.load(name)[1][0].reshape(images.shape), (images / 255).astype("float32"))

@@ -1,6 +1,7 @@
 """Models and examples from files, with errors that say what is wrong with the file."""
 
 import pathlib
+import warnings
 import zipfile
 
 import keras
@@ -14,12 +15,14 @@ _BRINGS_CODE = (
 )
 
 
-def load_model(path, *, safe_mode: bool = True) -> keras.Model:
-    """Loads a `.keras` file or what `save_packed` wrote; not compiled.
+def load_model(path, *, safe_mode: bool = True, compiled: bool = False) -> keras.Model:
+    """Loads a `.keras` file or what `save_packed` wrote.
 
     Args:
         path: The file. One whose name ends in `.keras` is Keras's own, any other one a packed one.
         safe_mode: False lets a file bring Python code of its own, in `Lambda` layers, and run it.
+        compiled: Whether to compile it as it was when it was saved, without the state of its optimizer. Where the file
+            does not say how, or names a loss or metric that Keras does not know, it is not compiled.
 
     Returns:
         A Keras model.
@@ -36,6 +39,13 @@ def load_model(path, *, safe_mode: bool = True) -> keras.Model:
         return _packed(path, safe_mode)
     if not zipfile.is_zipfile(path):  # Keras says of such a file that it is not there
         raise ValueError(f"{path} is no model that Keras can load: no .keras file, or cut off.")
+    if compiled:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the state of the optimizer does not fit
+                return keras.models.load_model(path, safe_mode=safe_mode)
+        except Exception:  # it says below what is wrong, unless only the loss or a metric is not known
+            return load_model(path, safe_mode=safe_mode)
     try:
         return keras.models.load_model(path, compile=False, safe_mode=safe_mode)
     except Exception as error:  # of whatever kind, the file is why

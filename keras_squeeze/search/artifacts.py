@@ -1,5 +1,6 @@
 """What a trial leaves behind: a directory with the model, the files made of it, the recipe, and what was measured."""
 
+import contextlib
 import json
 import pathlib
 import warnings
@@ -66,8 +67,8 @@ def write_result(
     recipe: Recipe,
     directory,
     *,
-    metric: str,
-    validation_data: Any,
+    metric: str | None,
+    validation_data: Any = None,
     calibration_data: Any = None,
     artifact: str = "tflite",
     latency: bool = False,
@@ -78,7 +79,7 @@ def write_result(
         model: What `Recipe.fit` returned.
         recipe: The recipe.
         directory: Where the files go; made if it is missing.
-        metric: The name of a compiled metric, or `"loss"`.
+        metric: The name of a compiled metric, or `"loss"`. None measures none.
         validation_data: `(x, y)`, `(x, y, sample_weight)` or a dataset of batches; the finished model is evaluated on
             all of it.
         calibration_data: Inputs for the comparison of the `.tflite` file with the model.
@@ -91,7 +92,7 @@ def write_result(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     plain = finished(model)
-    metrics = {f"val_{metric}": evaluate(plain, validation_data)[metric]}
+    metrics = {} if metric is None else {f"val_{metric}": evaluate(plain, validation_data)[metric]}
     sizes, about_file = write_files(model, directory, calibration_data, artifact=artifact, needs_file=latency)
     metrics |= sizes
     if latency:
@@ -140,23 +141,31 @@ def evaluate(model: keras.Model, validation_data) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def _export(model, path, calibration_data, needed: bool) -> tuple[ExportResult | None, str]:
-    """In as few bits as were trained; whatever has no kernel for that is in the report."""
+def export_smallest(model: keras.Model, path, *, calibration_data=None, allow_float: bool = False) -> ExportResult:
+    """`export` in as few bits as were trained and LiteRT can store.
+
+    Raises:
+        ValueError: as `export`.
+    """
     wrappers = [layer for layer in model._flatten_layers() if isinstance(layer, QuantizeAware)]
     bits = [layer.weight_quantizer.bits for layer in wrappers if layer.weight_quantizer is not None]
-    few = bits and min(bits) <= _FEW_BITS
-    problem = ""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is left in float is in the report, not said for every trial
-        for precision in ("int4", None) if few else (None,):
-            try:
-                how = {"precision": precision, "calibration_data": calibration_data, "allow_float": True}
-                return export(model, path, **how), ""
-            except ValueError as error:
-                problem = str(error)
-    if needed:
-        raise ValueError(problem)
-    return None, problem
+    how = {"calibration_data": calibration_data, "allow_float": allow_float}
+    if bits and min(bits) <= _FEW_BITS:
+        with contextlib.suppress(ValueError):
+            return export(model, path, precision="int4", **how)
+    return export(model, path, **how)
+
+
+def _export(model, path, calibration_data, needed: bool) -> tuple[ExportResult | None, str]:
+    """Whatever has no kernel is left in float; that is in the report, and not said for every trial."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return export_smallest(model, path, calibration_data=calibration_data, allow_float=True), ""
+    except ValueError as error:
+        if needed:
+            raise
+        return None, str(error)
 
 
 def _write(path: pathlib.Path, values: dict) -> None:
