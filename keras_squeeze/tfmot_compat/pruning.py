@@ -5,11 +5,11 @@ import warnings
 
 import keras
 
-from keras_squeeze.graphs import Rebuilder, copy_layer, functional_of
-from keras_squeeze.selection import read
+from keras_squeeze.graphs import Rebuilder, functional_of
 from keras_squeeze.tfmot_compat.pruning_policies import PruningPolicy
 from keras_squeeze.tfmot_compat.pruning_schedules import DEFAULT
 from keras_squeeze.tfmot_compat.pruning_wrapper import PruneLowMagnitude, can_be_pruned
+from keras_squeeze.tfmot_compat.wrapping import Unwrapper
 
 
 def prune_scope():
@@ -99,16 +99,7 @@ def strip_pruning(model):
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a Keras model. Received: {model!r} of type {type(model).__name__}")
     _check_model(model, "Take its layers out by hand: `wrapper.layer`.")
-    if functional_of(model) is None:
-        return type(model)([layer.layer if _is_wrapped(layer) else layer for layer in model.layers], name=model.name)
-    stripper = _Stripper()
-    result = stripper.rebuild(model)
-    for old, new in stripper.variables():
-        new.assign(read(old))
-    for layer in result._flatten_layers():
-        if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()  # it computes with what it has derived from its weights
-    return result
+    return Unwrapper(PruneLowMagnitude).unwrap(model)
 
 
 class _Wrapper(Rebuilder):
@@ -128,14 +119,6 @@ class _Wrapper(Rebuilder):
             self.unknown += [layer.name] if layer.trainable_variables or not layer.built else []
             return layer
         return PruneLowMagnitude(layer, **self.options_of_pruning)
-
-
-class _Stripper(Rebuilder):
-    def make(self, layer):
-        return copy_layer(layer.layer) if _is_wrapped(layer) else super().make(layer)
-
-    def counterparts(self, old, new):
-        return (old.layer, new) if _is_wrapped(old) else (old, new)
 
 
 def _wrap_model(model, policy, options):

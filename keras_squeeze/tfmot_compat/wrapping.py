@@ -1,10 +1,13 @@
-"""A wrapper around a layer that computes what the layer computes; what it is for, its subclass says."""
+"""Wrappers that compute what their layer computes, what they are for being said by a subclass; and taking them off."""
 
 import functools
 import inspect
 
 import keras
 from keras.src.backend import compute_output_spec
+
+from keras_squeeze.graphs import Rebuilder, copy_layer, functional_of
+from keras_squeeze.selection import read
 
 
 class TransparentWrapper(keras.layers.Wrapper):
@@ -81,6 +84,48 @@ class TransparentWrapper(keras.layers.Wrapper):
         config = dict(config)
         layer = keras.saving.deserialize_keras_object(config.pop("layer"), custom_objects=custom_objects)
         return cls(layer, **config)
+
+
+class Unwrapper(Rebuilder):
+    """Copies models without wrappers of a kind.
+
+    Args:
+        wrapper_class: What is taken off.
+
+    Attributes:
+        unwrapped: The new layers that had wrappers.
+    """
+
+    def __init__(self, wrapper_class: type):
+        super().__init__()
+        self.wrapper_class = wrapper_class
+        self.unwrapped: list[keras.Layer] = []
+
+    def unwrap(self, model):
+        """A new model of plain layers with the same weights; layers of one that is not built stay the same."""
+        if functional_of(model) is None:
+            layers = [layer.layer if self._is_wrapped(layer) else layer for layer in model.layers]
+            return type(model)(layers, name=model.name)
+        result = self.rebuild(model)
+        for old, new in self.variables():
+            new.assign(read(old))
+        for layer in result._flatten_layers():
+            if isinstance(layer, keras.layers.Normalization):
+                layer.finalize_state()  # it computes with what it has derived from its weights
+        return result
+
+    def make(self, layer):
+        if not self._is_wrapped(layer):
+            return super().make(layer)
+        new = copy_layer(layer.layer)
+        self.unwrapped.append(new)
+        return new
+
+    def counterparts(self, old, new):
+        return (old.layer, new) if self._is_wrapped(old) else (old, new)
+
+    def _is_wrapped(self, layer) -> bool:
+        return isinstance(layer, self.wrapper_class)
 
 
 def _with_training(signature: inspect.Signature) -> inspect.Signature:
