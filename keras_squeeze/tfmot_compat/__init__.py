@@ -15,8 +15,9 @@ so. What is not offered raises an error that names what to use instead. Nothing 
 """
 
 from keras_squeeze.tfmot_compat import clustering, experimental, quantization, sparsity
+from keras_squeeze.tfmot_compat.migration import from_tf_keras
 
 __version__ = "0.8.1"
 """The version of tfmot whose API this is; programs ask for it."""
 
-__all__ = ["clustering", "experimental", "quantization", "sparsity"]
+__all__ = ["clustering", "experimental", "from_tf_keras", "quantization", "sparsity"]
