@@ -41,7 +41,7 @@ def convert_layer(layer, custom: Mapping[str, Any]):
 
 @keras.saving.register_keras_serializable("keras_squeeze.tfmot_compat")
 def hard_sigmoid_of_keras_2(x):
-    """`clip(0.2 * x + 0.5, 0, 1)`: Keras 3 has another slope under this name."""
+    """`clip(0.2 * x + 0.5, 0, 1)`; Keras 3 has another slope under the name of it."""
     return keras.ops.clip(0.2 * x + 0.5, 0.0, 1.0)
 
 
