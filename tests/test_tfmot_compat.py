@@ -125,7 +125,8 @@ def test_masks_are_those_of_tfmot_at_every_update(run, tfmot, oracle, data):
     name, times, options, pattern = run
     schedule = getattr(tfmot.sparsity.keras, name)(*times, **options)
     blocks = "block_size" in pattern
-    model = keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten(), *net().layers[-2:]]) if blocks else net()
+    dense = [layers.Flatten(), layers.Dense(24, activation="relu"), layers.Dense(10)]
+    model = keras.Sequential([keras.Input((8, 8, 1)), *dense]) if blocks else net()
     pruned = compiled(sparsity.prune_low_magnitude(model, pruning_schedule=schedule, **pattern))
     recorder = Recorder()
     fit(pruned, data, 2, [recorder])
@@ -147,7 +148,7 @@ def test_masks_are_those_of_tfmot_at_every_update(run, tfmot, oracle, data):
             np.testing.assert_array_equal(ours, mask.numpy().astype(bool), err_msg=f"step {now}")
     assert updates
     for layer, (_, mask, _) in zip(wrapped(pruned), triples, strict=True):
-        assert zeros(layer) == 1 - mask.numpy().mean(dtype="float64")
+        assert np.count_nonzero(kernel_of(layer)) == np.count_nonzero(mask)
 
 
 def test_a_whole_run_beside_tfmot(tfmot, data):
@@ -200,16 +201,21 @@ def modules(module, path=()):
     """Every public module below one, with the names on the way."""
     yield module, path
     for name, member in vars(module).items():
-        if isinstance(member, types.ModuleType) and not name.startswith("_"):
+        if _is_module_of_tfmot(member) and not name.startswith("_"):
             yield from modules(member, (*path, name))
+
+
+def _is_module_of_tfmot(member):
+    return isinstance(member, types.ModuleType) and member.__name__.startswith("tensorflow_model_optimization")
 
 
 @pytest.mark.parametrize("name", ["sparsity", "quantization", "clustering", "experimental"])
 def test_every_public_name_is_there(name, tfmot):
     found = set()
     for module, path in modules(getattr(tfmot, name), (name,)):
-        for public in vars(module):
-            if public.startswith("_"):
+        for public, member in vars(module).items():
+            is_import = isinstance(member, types.ModuleType) and not _is_module_of_tfmot(member)
+            if public.startswith("_") or is_import:
                 continue
             ours = tfmot_compat
             for part in (*path, public):
@@ -237,7 +243,7 @@ def assert_refuses(refusal, path):
     "path",
     [
         *(f"sparsity.keras.{name}" for name in ("prune_low_magnitude", "strip_pruning", "prune_scope")),
-        *(f"sparsity.keras.{name}" for name in ("PruneLowMagnitude", "PolynomialDecay", "ConstantSparsity")),
+        *(f"sparsity.keras.{name}" for name in ("PolynomialDecay", "ConstantSparsity")),
         *(f"sparsity.keras.{name}" for name in ("UpdatePruningStep", "PruningSummaries")),
         *(f"quantization.keras.quantize_{name}" for name in ("model", "apply", "annotate_layer", "annotate_model")),
         "quantization.keras.quantize_scope",
@@ -449,7 +455,7 @@ def test_models_that_the_policy_is_not_for():
     for unknown in (
         layers.Conv2D(4, 3, name="odd"),
         layers.Activation("tanh", name="odd"),
-        layers.DepthwiseConv2D(7, name="odd"),
+        layers.DepthwiseConv2D(7, padding="same", name="odd"),
         layers.DepthwiseConv2D(3, 2, name="odd"),
         layers.LayerNormalization(name="odd"),
     ):
@@ -517,7 +523,8 @@ def test_guide_quantization(trained, data, tmp_path):
     _, scale, _ = q.get_layer("quant_hidden").to_integers()["kernel"]
     assert scale.size == 1
     result = ks.export(q, tmp_path / "q.tflite", calibration_data=data[0])
-    assert (result.precision, result.float_ops) == ("int8", ())
+    assert result.precision == "int8"
+    assert not result.float_ops
     assert result.agreement > 0.99
 
 
@@ -607,7 +614,8 @@ def test_guide_quantization_of_a_pruned_model(data, tmp_path):
         assert (now[was == 0] == 0).all()
         assert (now[was != 0] != 0).mean() > 0.9
     result = ks.export(loaded, tmp_path / "q.tflite", calibration_data=data[0])
-    assert (result.precision, result.float_ops) == ("int8", ())
+    assert result.precision == "int8"
+    assert not result.float_ops
     report = ks.summarize(loaded)
     assert report.total.parameters == ks.summarize(stripped).total.parameters
     with pytest.raises(ValueError, match="has no zeros to preserve"):

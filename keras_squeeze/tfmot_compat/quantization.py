@@ -91,15 +91,12 @@ _quantizers = namespace(
         "Quantizer": f"{_QUANTIZER}Affine, FixedPoint, LearnedStep, Ternary and Binary, with 1 to 16 bits.",
     },
 )
-collab_opts = namespace(
-    "quantization.keras.collab_opts",
-    "Quantization of models that were compressed before.",
-    {
-        "Default8BitClusterPreserveQuantizeScheme": _CLUSTERING,
-        "Default8BitPrunePreserveQuantizeScheme": Default8BitPrunePreserveQuantizeScheme,
-        "strip_clustering_cqat": _CLUSTERING,
-    },
-)
+AFTER_PRUNING = {
+    "Default8BitClusterPreserveQuantizeScheme": _CLUSTERING,
+    "Default8BitPrunePreserveQuantizeScheme": Default8BitPrunePreserveQuantizeScheme,
+    "strip_clustering_cqat": _CLUSTERING,
+}
+_collab_opts = namespace("quantization.keras.collab_opts", "Quantization of pruned models.", AFTER_PRUNING)
 clustering = namespace(
     "clustering.keras",
     "Not offered.",
@@ -121,7 +118,7 @@ keras = namespace(
         "QuantizeScheme": _SCHEME,
         "QuantizeWrapper": QuantizeAware,
         "QuantizeWrapperV2": QuantizeAware,
-        "collab_opts": collab_opts,
+        "collab_opts": _collab_opts,
         "default_8bit": _default_8bit,
         "experimental": namespace("quantization.keras.experimental", "", {"default_n_bit": _default_n_bit}),
         "fix_input_output_range": f"{_RANGE}, for the activations of keras_squeeze.quantize_aware.",
