@@ -1,6 +1,7 @@
 """`tfmot.quantization.keras`: quantization-aware training."""
 
 from keras_squeeze.quantization.wrapper import QuantizeAware
+from keras_squeeze.tfmot_compat.clustering import CLUSTERING_INSTEAD
 from keras_squeeze.tfmot_compat.namespaces import namespace
 from keras_squeeze.tfmot_compat.quantizing import (
     CONFIGS_INSTEAD,
@@ -30,11 +31,6 @@ _REGISTRY = (
 )
 _SCHEME = f"{CONFIGS_INSTEAD} For other numbers of bits: DefaultNBitQuantizeScheme(num_bits_weight=4)."
 _RANGE = "A fixed range is a property of the quantizer: keras_squeeze.quantizers.Affine(8, range=(0.0, 1.0))"
-_CLUSTERING = (
-    "For few distinct values per weight there are grids of few bits: keras_squeeze.quantize_aware(model, "
-    'weights="int4") trains on 15 values, and keras_squeeze.save_packed stores them in 4 bits.'
-)
-
 _TRANSFORMS = [
     *("ConcatTransform", *(f"ConcatTransform{count}Inputs" for count in (3, 4, 5, 6))),
     *("Conv2DBatchNormActivationQuantize", "Conv2DBatchNormQuantize", "Conv2DBatchNormReLUQuantize"),
@@ -92,22 +88,11 @@ _quantizers = namespace(
     },
 )
 AFTER_PRUNING = {
-    "Default8BitClusterPreserveQuantizeScheme": _CLUSTERING,
+    "Default8BitClusterPreserveQuantizeScheme": CLUSTERING_INSTEAD,
     "Default8BitPrunePreserveQuantizeScheme": Default8BitPrunePreserveQuantizeScheme,
-    "strip_clustering_cqat": _CLUSTERING,
+    "strip_clustering_cqat": CLUSTERING_INSTEAD,
 }
 _collab_opts = namespace("quantization.keras.collab_opts", "Quantization of pruned models.", AFTER_PRUNING)
-clustering = namespace(
-    "clustering.keras",
-    "Not offered.",
-    {
-        **dict.fromkeys(("cluster_weights", "strip_clustering", "cluster_scope"), _CLUSTERING),
-        **dict.fromkeys(("CentroidInitialization", "ClusteringAlgorithm", "ClusteringSummaries"), _CLUSTERING),
-        "ClusterableLayer": _CLUSTERING,
-        "clusterable_layer": namespace("clustering.keras.clusterable_layer", "", {"ClusterableLayer": _CLUSTERING}),
-        "experimental": namespace("clustering.keras.experimental", "", {"cluster_weights": _CLUSTERING}),
-    },
-)
 keras = namespace(
     "quantization.keras",
     "Quantization-aware training, as tfmot spells it.",
