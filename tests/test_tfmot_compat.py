@@ -600,11 +600,8 @@ def test_guide_quantization_of_a_pruned_model(data, tmp_path):
     fit(compiled(pruned), data, 2, [sparsity.UpdatePruningStep()])
     stripped = sparsity.strip_pruning(pruned)
     annotated = quantization.quantize_annotate_model(stripped)
-    forgetful = quantization.quantize_apply(annotated)
     q = quantization.quantize_apply(annotated, scheme)
-    for model in (forgetful, q):
-        fit(compiled(model), data, 1)
-    assert zeros(forgetful.get_layer("quant_hidden").layer) < 0.1
+    fit(compiled(q), data, 1)
     q.save(tmp_path / "q.keras")
     loaded = keras.models.load_model(tmp_path / "q.keras")
     fit(loaded, data, 1)  # the zeros survive a file, and more training
@@ -641,22 +638,58 @@ def test_of_equal_weights_exactly_as_many_stay(data):
     assert zeros(layer) == 0.5
 
 
-def test_zeros_stay_without_the_callback_once_the_schedule_has_ended(data):
+def test_after_the_end_of_the_schedule(data):
+    """The zeros stay, also without the callback; and what is stripped is an ordinary model, with its own weights."""
     model = compiled(sparsity.prune_low_magnitude(net(), sparsity.ConstantSparsity(0.5, 0, frequency=4)))
     fit(model, data, 1, [sparsity.UpdatePruningStep()])
     fit(model, data, 1)
     assert [zeros(layer) for layer in wrapped(model)] == [0.5] * 3
-
-
-def test_the_original_model_can_be_trained_beside_a_stripped_one(data):
-    model = compiled(sparsity.prune_low_magnitude(net(), sparsity.ConstantSparsity(0.5, 0, frequency=4)))
-    fit(model, data, 1, [sparsity.UpdatePruningStep()])
     plain = compiled(sparsity.strip_pruning(model))
     kept = [kernel_of(layer).copy() for layer in wrapped(model)]
     fit(plain, data, 1)
-    assert zeros(plain.get_layer("hidden")) < 0.1  # it is an ordinary model
+    assert zeros(plain.get_layer("hidden")) < 0.1
     for before, layer in zip(kept, wrapped(model), strict=True):
         np.testing.assert_array_equal(before, kernel_of(layer))
+
+
+def test_wrapping_again_begins_again(data):
+    model = net()
+    for share in (0.8, 0.25):
+        schedule = sparsity.ConstantSparsity(share, 2, frequency=4)
+        pruned = compiled(sparsity.prune_low_magnitude(model, schedule))
+        fit(pruned, data, 1, [sparsity.UpdatePruningStep()])
+        (_, mask, _) = pruned.get_layer("prune_low_magnitude_hidden").pruning_vars[0]
+        assert 1 - mask.mean() == pytest.approx(share, abs=1e-3)
+
+
+def test_a_compiled_step_in_half_precision(data):
+    keras.config.set_dtype_policy("mixed_float16")
+    schedule = sparsity.PolynomialDecay(0.0, 0.75, 2, 10, frequency=4)
+    model = compiled(sparsity.prune_low_magnitude(net(), schedule))
+    model.compile("adam", model.loss, jit_compile=True, steps_per_execution=2)
+    fit(model, data, 1, [sparsity.UpdatePruningStep()])
+    assert zeros(model.get_layer("prune_low_magnitude_hidden")) == 0.75
+
+
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(data, tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    def run(*callbacks):
+        keras.utils.set_random_seed(3)
+        schedule = sparsity.PolynomialDecay(0.1, 0.8, 3, 33, frequency=5)
+        model = compiled(sparsity.prune_low_magnitude(net(), schedule), "sgd")
+        fit(model, data, 2, [*callbacks, sparsity.UpdatePruningStep()])
+        return model
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(keras.callbacks.BackupAndRestore(tmp_path), Stop())
+    resumed = run(keras.callbacks.BackupAndRestore(tmp_path))
+    for one, other in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_layers_that_tfmot_refuses(data):

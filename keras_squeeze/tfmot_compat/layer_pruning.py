@@ -13,6 +13,8 @@ from keras_squeeze.selection import CompressibleLayer
 from keras_squeeze.tfmot_compat.pruning_schedules import course_of
 from keras_squeeze.training import CompressionCallback
 
+_PRUNING = "_pruned_by_keras_squeeze"
+
 
 class LayerPruning(MagnitudePruning):
     """Prunes the layer of one wrapper, by the steps that the wrapper counts.
@@ -40,6 +42,11 @@ class LayerPruning(MagnitudePruning):
         return [WeightGroup(self.course, [CompressibleLayer(self.wrapper.name, self.wrapper.layer, weights, ())])]
 
     def attach(self, model, optimizer, total_steps=None):
+        attributes = vars(self.wrapper.layer)
+        before = attributes.get(_PRUNING)
+        if before is not None and before is not self:
+            before.detach()  # the layer was wrapped before, whose masks are no longer wanted
+        attributes[_PRUNING] = self
         super().attach(model, optimizer)  # all times are steps
         self._shift = None
 

@@ -72,7 +72,7 @@ class UpdatePruningStep(CompressionCallback):
             self._warn_of_late_schedules()
 
     def detach(self):
-        """Lets go of the model; its masks stay, until `strip_pruning`."""
+        """Lets go of the model, whose masks stay."""
         for part in self._parts:
             part.driver = None
 

@@ -44,8 +44,8 @@ class PruneLowMagnitude(TransparentWrapper):
     """Marks a layer for `UpdatePruningStep`, which prunes it by its schedule while the model trains.
 
     It computes what the layer computes: the masks are constraints of the layer's own weights, which are exactly zero
-    after every optimizer step. They stay when `fit` ends, until `strip_pruning`. Saved with the model, without a scope;
-    unlike in tfmot its config is complete, and what is saved is sparse.
+    after every optimizer step. They stay when `fit` ends; `strip_pruning` makes a model without them. A saved model
+    loads without a scope; unlike in tfmot the config is complete, and what is saved is sparse.
 
     Args:
         layer: Any layer. One with weights needs an entry in this package's layer table (`keras_squeeze.register_layer`)
