@@ -33,20 +33,20 @@ def network(library):
     )
 
 
-def train_on(model, epochs, library=keras, **options):
+def train_on(title, model, epochs, library=keras, **options):
     loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, metrics=["accuracy"])
     model.fit(*train, epochs=epochs, verbose=0, **options)
-    print(f"{model.name}: {model.evaluate(*test, verbose=0)[1]:.1%}")
+    print(f"{title}: {model.evaluate(*test, verbose=0)[1]:.1%}")
 
 
 model = network(keras)
-train_on(model, 10)
+train_on("dense", model, 10)
 
 # Pruning. Steps: 10 epochs of 41 batches.
 schedule = tfmot.sparsity.keras.PolynomialDecay(0.0, 0.8, begin_step=0, end_step=300, frequency=10)
 pruned = tfmot.sparsity.keras.prune_low_magnitude(model, pruning_schedule=schedule)
-train_on(pruned, 10, callbacks=[tfmot.sparsity.keras.UpdatePruningStep()])
+train_on("pruned", pruned, 10, callbacks=[tfmot.sparsity.keras.UpdatePruningStep()])
 final = tfmot.sparsity.keras.strip_pruning(pruned)
 print(ks.summarize(final))
 
@@ -55,7 +55,7 @@ annotated = tfmot.quantization.keras.quantize_annotate_model(final)
 q = tfmot.quantization.keras.quantize_apply(
     annotated, tfmot.experimental.combine.Default8BitPrunePreserveQuantizeScheme()
 )
-train_on(q, 3)
+train_on("pruned and quantized", q, 3)
 print(ks.summarize(q))
 print(ks.export(q, "digits.tflite", calibration_data=test[0]))
 
@@ -64,10 +64,11 @@ if importlib.util.find_spec("tf_keras"):
     import tf_keras
 
     old = network(tf_keras)
-    train_on(old, 5, tf_keras)
+    train_on("in tf_keras", old, 5, tf_keras)
     new = tfmot.from_tf_keras(old)
-    print(f"largest difference after the move: {np.abs(new.predict(test[0]) - old.predict(test[0])).max():.2g}")
+    difference = np.abs(new.predict(test[0], verbose=0) - old.predict(test[0], verbose=0)).max()
+    print(f"largest difference after the move: {difference:.2g}")
 
 # The native way is shorter: no wrappers, nothing to strip, the model stays the model.
 native = network(keras)
-train_on(native, 20, callbacks=[ks.MagnitudePruning(0.8)])
+train_on("pruned by the callback alone", native, 20, callbacks=[ks.MagnitudePruning(0.8)])

@@ -279,7 +279,7 @@ def test_guide_pruning_of_a_whole_model(data, tmp_path):
     model = compiled(net())
     fit(model, data, 4)
     before = accuracy(model, data)
-    steps = 4 * 20
+    steps = np.ceil(len(data[0]) / 32).astype(np.int32) * 4
     schedule = sparsity.PolynomialDecay(
         initial_sparsity=0.5, final_sparsity=0.8, begin_step=0, end_step=steps, frequency=8
     )
@@ -295,7 +295,7 @@ def test_guide_pruning_of_a_whole_model(data, tmp_path):
         if hasattr(layer, "kernel"):
             assert zeros(layer) == pytest.approx(0.8, abs=0.01)
     np.testing.assert_array_equal(final(data[0]), pruned(data[0]))
-    final.save(tmp_path / "final.keras")
+    pruned.save(tmp_path / "pruned.keras")
     result = ks.export(final, tmp_path / "final.tflite")
     assert result.agreement == 1
     assert list(tmp_path.glob("metrics/events*"))
@@ -728,6 +728,12 @@ def test_frozen_layers_stay_frozen():
     assert len(sparsity.strip_pruning(pruned).trainable_variables) == len(model.trainable_variables) == 6
 
 
+def test_the_native_callback_takes_these_schedules(data):
+    model = compiled(net())
+    fit(model, data, 1, [ks.MagnitudePruning(sparsity.PolynomialDecay(0.0, 0.75, 0, 10, frequency=5))])
+    assert zeros(model.get_layer("hidden")) == 0.75
+
+
 def test_a_schedule_of_ones_own(data):
     class EveryThird(sparsity.PruningSchedule):
         def __init__(self, most):
@@ -793,6 +799,7 @@ def test_nothing_to_prune(data):
         (lambda: sparsity.PolynomialDecay(0.0, 80, 0, 10), ValueError, r"for 80 % pass 0\.8"),
         (lambda: sparsity.PolynomialDecay(0.0, 0.8, 10, -1), ValueError, r"not -1\. Received: begin_step=10"),
         (lambda: sparsity.ConstantSparsity(0.5, 10, 5, 0), ValueError, r"not be before `begin_step`; `frequency`"),
+        (lambda: sparsity.ConstantSparsity(0.5, 1.5), TypeError, r"whole number of steps\. Received: begin_step=1\.5"),
         (lambda: quantization.quantize_model(None), ValueError, r"A Keras model is needed\. Received: None"),
         (
             lambda: quantization.quantize_model(sparsity.prune_low_magnitude(net())),

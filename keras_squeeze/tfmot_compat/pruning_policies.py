@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
-import keras
 from keras import layers
 from keras.src.ops import numpy as operations  # what `+` between tensors becomes
 
@@ -48,20 +47,20 @@ class PruneForLatencyOnXNNPack(PruningPolicy):
             raise ValueError(
                 f"Model '{model.name}' does not begin as sparse inference needs it: on the way from every input there "
                 "must be ZeroPadding2D(1) and then Conv2D(..., 3, strides=2, padding='valid') of three channels. "
-                f"Received: {', '.join(_name(op) for op in graph.operations[:5])}, ..."
+                f"Received: {', '.join(op.name for op in graph.operations[:5])}, ..."
             )
         ends = _search(graph.outputs, lambda op: isinstance(op, layers.GlobalAveragePooling2D), graph.producers)
         if not ends:
             raise ValueError(
                 f"Model '{model.name}' does not end as sparse inference needs it: on the way to every output there "
                 "must be a GlobalAveragePooling2D(keepdims=True). Received: ..., "
-                f"{', '.join(_name(op) for op in graph.operations[-5:])}"
+                f"{', '.join(op.name for op in graph.operations[-5:])}"
             )
         between = [reader for start in starts for reader in graph.consumers(start)]
         for op in _reached(between, ends, graph.consumers):
             if not _is_supported(op, graph.producers(op)):
                 raise ValueError(
-                    f"'{_name(op)}': XNNPACK's sparse inference has no such {type(op).__name__}. Received: "
+                    f"'{op.name}': XNNPACK's sparse inference has no such {type(op).__name__}. Received: "
                     f"{op.get_config()}. Prune without the policy, or see which layers it has: "
                     "https://github.com/tensorflow/tensorflow/tree/master/tensorflow/lite/delegates/xnnpack"
                 )
@@ -161,7 +160,3 @@ def _pads_by(producers: list, size: int) -> bool:
         return False
     padding = producers[0].layer if hasattr(producers[0], "layer") else producers[0]
     return isinstance(padding, layers.ZeroPadding2D) and padding.padding == ((size, size), (size, size))
-
-
-def _name(op) -> str:
-    return getattr(op, "name", type(op).__name__) if isinstance(op, keras.Operation) else repr(op)

@@ -81,9 +81,9 @@ class ConstantSparsity(PruningSchedule):
 
     def __init__(self, target_sparsity, begin_step, end_step=-1, frequency=100):
         self.target_sparsity = target_sparsity
-        self.begin_step = begin_step
-        self.end_step = end_step
-        self.frequency = frequency
+        self.begin_step = _whole("begin_step", begin_step)
+        self.end_step = _whole("end_step", end_step)
+        self.frequency = _whole("frequency", frequency)
         self._validate_step(begin_step, end_step, frequency, allow_negative_1=True)
         self._validate_sparsity(target_sparsity, "target_sparsity")
 
@@ -120,9 +120,9 @@ class PolynomialDecay(PruningSchedule):
         self.initial_sparsity = initial_sparsity
         self.final_sparsity = final_sparsity
         self.power = power
-        self.begin_step = begin_step
-        self.end_step = end_step
-        self.frequency = frequency
+        self.begin_step = _whole("begin_step", begin_step)
+        self.end_step = _whole("end_step", end_step)
+        self.frequency = _whole("frequency", frequency)
         self._validate_step(begin_step, end_step, frequency, allow_negative_1=False)
         self._validate_sparsity(initial_sparsity, "initial_sparsity")
         self._validate_sparsity(final_sparsity, "final_sparsity")
@@ -138,6 +138,13 @@ class PolynomialDecay(PruningSchedule):
 
     def get_config(self):
         return self._config_of("initial_sparsity", "final_sparsity", "power", "begin_step", "end_step", "frequency")
+
+
+def _whole(name: str, steps) -> int:
+    """A number of steps as an int, such as one that NumPy has computed."""
+    if isinstance(steps, bool) or not hasattr(steps, "__int__") or int(steps) != steps:
+        raise TypeError(f"`{name}` must be a whole number of steps. Received: {name}={steps!r}")
+    return int(steps)
 
 
 DEFAULT = ConstantSparsity(0.5, 0)
