@@ -220,5 +220,5 @@ def _warn_of_unknown(model, selection: Selection) -> None:
         warnings.warn(
             f"Model '{model.name}': not pruned, because their classes are not in the layer table: "
             f"{', '.join(selection.unknown)}. keras_squeeze.register_layer adds a class.",
-            stacklevel=4,
+            stacklevel=3,
         )
