@@ -255,7 +255,7 @@ def file_table(results, latencies) -> str:
         "ours, gzip",
         "tfmot, ms",
         "ours, ms",
-        "ratio [95 %]",
+        "ratio",
     )
     return tables.markdown(header, rows)
 
