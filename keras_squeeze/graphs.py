@@ -146,8 +146,7 @@ class Rebuilder:
                 new.add(self.layer(layer))
             for extra in self.following(layer):
                 new.add(extra)
-        new.trainable = model.trainable
-        return new
+        return _frozen_like(model, new)
 
 
 def copy_layer(layer, options=None):
@@ -188,8 +187,13 @@ def _construct(model_class, inputs, outputs, model):
     )
     if not takes_tensors:
         model_class = keras.Model
-    new = model_class(inputs=inputs, outputs=outputs, name=model.name)
-    new.trainable = model.trainable
+    return _frozen_like(model, model_class(inputs=inputs, outputs=outputs, name=model.name))
+
+
+def _frozen_like(model, new):
+    """Freezes a new model where the old one is. Saying that it is not would reach its layers, which may be."""
+    if not model.trainable:
+        new.trainable = False
     return new
 
 

@@ -392,9 +392,12 @@ def _begin_after_end(begin, end) -> str:
 
 
 def _is_tfmot_schedule(value) -> bool:
-    """Looks tfmot up among the loaded modules: a user who passes its schedule has imported it."""
-    tfmot = sys.modules.get("tensorflow_model_optimization")
-    return tfmot is not None and isinstance(value, tfmot.sparsity.keras.PruningSchedule)
+    """Looks tfmot and `tfmot_compat` up among the loaded modules: who passes a schedule of theirs has imported them."""
+    for name in ("tensorflow_model_optimization", "keras_squeeze.tfmot_compat"):
+        tfmot = sys.modules.get(name)
+        if tfmot is not None and isinstance(value, tfmot.sparsity.keras.PruningSchedule):
+            return True
+    return False
 
 
 def _ask_tfmot(schedule, step: int) -> float:

@@ -200,6 +200,11 @@ def register_bookkeeping(layer_class: type) -> None:
     _TABLE[layer_class] = _Row({}, hidden=True)
 
 
+def in_table(layer: keras.Layer) -> bool:
+    """Whether a layer, or a class that it derives from, is in the layer table."""
+    return _row(layer) is not None
+
+
 def mac_formula(layer: keras.Layer) -> mac_formulas.MacFormula | None:
     """The formula that counts a layer's multiply-accumulates, None where the table has none."""
     row = _row(layer)

@@ -72,17 +72,22 @@ class MagnitudePruning(CompressionCallback):
         self._diverged = False
 
     def attach(self, model, optimizer, total_steps=None):
-        selection = select_layers(model, self.layers, trainable_only=True)
-        groups = [WeightGroup(part, chosen) for part, chosen in divide_by_schedule(selection, self.schedule)]
+        groups = self.find_groups(model)
         for group in groups:
             group.check(total_steps, self.method.pattern)
-        _warn_of_unknown(model, selection)
         self.method.check(model, [weight for group in groups for weight in group.weights])
         self.detach()
         self._model, self._total_steps, self._groups, self._diverged = model, total_steps, groups, False
         for group in groups:
             variables = [weight.variable for weight in group.weights]
             group.constraints = attach_masks(variables, model, optimizer, self._run)
+
+    def find_groups(self, model) -> list[WeightGroup]:
+        """The weights of a model that are pruned, in groups with a schedule each."""
+        selection = select_layers(model, self.layers, trainable_only=True)
+        groups = [WeightGroup(part, chosen) for part, chosen in divide_by_schedule(selection, self.schedule)]
+        _warn_of_unknown(model, selection)
+        return groups
 
     def update(self, step):
         if self._model is None:
