@@ -26,7 +26,7 @@ from keras_squeeze.search.configurations import (
 
 SAMPLERS = ("tpe", "nsga2", "random")
 
-_GOOD = 0.3
+_GOOD, _CANDIDATES = 0.4, 4  # few candidates: a front of a few dozen trials needs more looking around than one best
 _ATTEMPTS = 20  # to find a configuration that was not tried, by the sampler and then by chance
 _FAR = 1e9  # stands for an infinite violation
 _ENUMERABLE = 10_000  # spaces up to this size are searched to their last configuration
@@ -133,6 +133,7 @@ class Proposer:
             group=True,
             constant_liar=True,
             gamma=_good,
+            n_ei_candidates=_CANDIDATES,
             n_startup_trials=min(10, max(4, self.max_trials // 4)),
             seed=self.seed,
         )

@@ -6,17 +6,17 @@ from typing import Any
 from keras_squeeze.search.profiles import WHOLE, Sensitivity
 from keras_squeeze.search.space import FLOAT_BITS, CompressionSpace, Dimension
 
-# How much of the metric may be gone before training. Training wins most of it back, so that what is near the front
-# looks bad before it.
-_LEVELS = (0.6, 0.85)
+# How much of the metric may be gone before training, which wins most of it back: what ends near the front looks bad
+# before it.
+_MILD, _STRONG, _STRONGEST = 0.3, 0.6, 0.85
 
 
 def first_configurations(profile: Sensitivity, space: CompressionSpace) -> list[dict[str, Any]]:
     """Configurations to begin a search with.
 
-    Neurons and sparsity are what costs the model, each alone, a certain part of its metric without training; with them
-    every number of bits is tried, since training recovers nearly all of what rounding costs, and the sparsity without
-    the neurons, too. The rest of the space keeps its defaults.
+    A few neurons and many weights go, or many neurons and a few weights, or no neurons and many weights; how many is
+    what costs the model, each alone, a certain part of its metric without training. With each of these every number of
+    bits is tried, since training recovers nearly all of what rounding costs. The rest of the space keeps its defaults.
 
     Args:
         profile: Of the model, with the groups of the space where it has some.
@@ -25,32 +25,36 @@ def first_configurations(profile: Sensitivity, space: CompressionSpace) -> list[
     Returns:
         `{hyperparameter: value}` for each.
     """
+    many = _sparsity(profile, space, _STRONG, half_of_the_rest=True)
+    removed = [
+        {**_neurons(profile, space, _MILD), **many},
+        {**_neurons(profile, space, _STRONGEST), **_sparsity(profile, space, _MILD)},
+        {**_neurons(profile, space, 0.0), **many},
+    ]
     found: list[dict[str, Any]] = []
-    for level in _LEVELS:
-        allowed = level * abs(profile.base) if profile.base else level
-        removed = _neurons(profile, space, allowed) | _sparsity(profile, space, allowed)
-        kept = {**removed, "neurons": nearest(space.neurons, 0.0)} if space.neurons.varies else removed
-        for bits in _bits(space):
-            for values in ({**bits, **removed}, {**bits, **kept}):
-                if values and values not in found:
-                    found.append(values)
+    for bits in _bits(space):
+        for values in ({**bits, **part} for part in removed):
+            if values and values not in found:
+                found.append(values)
     return found
 
 
-def _neurons(profile: Sensitivity, space: CompressionSpace, allowed: float) -> dict[str, Any]:
+def _neurons(profile: Sensitivity, space: CompressionSpace, part: float) -> dict[str, Any]:
     if not space.neurons.varies or "neurons" not in profile[WHOLE]:
         return {}
-    return {"neurons": nearest(space.neurons, profile.strongest(WHOLE, "neurons", allowed) or 0.0)}
+    fraction = profile.strongest(WHOLE, "neurons", part * abs(profile.base)) if part else 0.0
+    return {"neurons": nearest(space.neurons, fraction or 0.0)}
 
 
-def _sparsity(profile: Sensitivity, space: CompressionSpace, allowed: float) -> dict[str, Any]:
-    """Of each group as much as it bears."""
+def _sparsity(profile: Sensitivity, space: CompressionSpace, part: float, *, half_of_the_rest=False) -> dict[str, Any]:
+    """Of each group as much as it bears, or of what it then has left the half as well."""
     if not space.sparsity.varies:
         return {}
-    return {
-        name: nearest(space.sparsity, profile.strongest(layer, "sparsity", allowed) or 0.0)
-        for name, layer in _by_group(profile, space)
-    }
+    found = {}
+    for name, layer in _by_group(profile, space):
+        sparsity = profile.strongest(layer, "sparsity", part * abs(profile.base)) or 0.0
+        found[name] = nearest(space.sparsity, (1 + sparsity) / 2 if half_of_the_rest else sparsity)
+    return found
 
 
 def _by_group(profile: Sensitivity, space: CompressionSpace) -> Iterable[tuple[str, str]]:
