@@ -247,7 +247,7 @@ def test_first_configurations_come_from_the_profile():
     space = ks.CompressionSpace(bits=(8, 4, 2))
     found = first_configurations(profile, space)
     # By hand, with straight lines between what was measured: 30 % of 0.9 gone at a sparsity of 0.5 + 0.4 * 0.27 / 0.8,
-    # 60 % at 0.77, of what is then left the half as well; neurons 30 % at 0.25 + 0.5 * 0.17 / 0.6, 85 % out of the range.
+    # 60 % at 0.77, of what is then left the half as well; neurons 30 % at 0.25 + 0.5 * 0.17 / 0.6; 85 %: the most.
     few, many, mild, strong = 0.635, 0.885, 0.25 + 0.5 * 0.17 / 0.6, 0.7
     removed = [(mild, many), (strong, few), (0.0, many)]
     expected = [{"bits": bits, "neurons": n, "sparsity": s} for bits in (8, 4, 2) for n, s in removed]
