@@ -35,7 +35,7 @@ setup(
         "ai-edge-litert>=1.0",
         "matplotlib>=3.8",
         "numpy>=1.26",
-        "optuna>=5",
+        "optuna>=5,<6",
         "pyyaml>=6",
         "rich>=13",
         "scikit-learn>=1.4",  # its handwritten digits are the data of `keras-squeeze demo`

@@ -208,6 +208,7 @@ def _quiet_optuna() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", "`gamma` has been deprecated", FutureWarning)  # goes with Optuna 6
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
