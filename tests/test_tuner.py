@@ -255,7 +255,7 @@ def test_killed_in_mid_trial_and_begun_again(tmp_path):
     (tmp_path / "alone.running").unlink()
     wait_until((tmp_path / "alone.running").exists, first)  # in the third trial
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.communicate()
     kept = {path: path.read_text() for path in finished_trials(tmp_path)}
     assert 2 <= len(kept) < 4
     second = start(tmp_path, 4, 0.0)
