@@ -14,6 +14,7 @@ from keras_squeeze.quantization.quantizers import Quantizer
 from keras_squeeze.schedules import Schedule
 from keras_squeeze.selection import require_tensorflow
 from keras_squeeze.steps import KINDS, PruneNeurons, Quantize, Step, Task, TrainingStep
+from keras_squeeze.training import AfterTarget
 
 _SAMPLE = 512  # examples for criteria that need data, and for ranges
 _SAMPLE_BATCHES = 8
@@ -72,7 +73,8 @@ class Recipe:
             epochs: Altogether. They are shared out by `share`; where there are fewer than steps that train, the last
                 ones get one each, and the others are done in one shot.
             directory: Where `Export` steps write; made if it is missing. None: the working directory.
-            callbacks: Ordinary Keras callbacks. They see a `fit` for each step that trains, with epochs counted on.
+            callbacks: Ordinary Keras callbacks. They see a `fit` for each step that trains, with epochs counted on. Early
+                stopping and the picking of a best model see a step only from its target on, as in `AfterTarget`.
             options: The rest of what `keras.Model.fit` takes, such as `batch_size`, `validation_data`, `verbose`.
 
         Returns:
@@ -338,7 +340,12 @@ def _check_callbacks(callbacks, trainings: int) -> list[keras.callbacks.Callback
         raise ValueError(
             "BackupAndRestore resumes one `fit`, and this recipe has several. Leave it out, or run one step at a time."
         )
-    return beside
+    return [AfterTarget(callback) if _picks(callback) else callback for callback in beside]
+
+
+def _picks(callback: keras.callbacks.Callback) -> bool:
+    """Whether it may end a step, or keep its model, before the step has done what it is to do."""
+    return isinstance(callback, keras.callbacks.EarlyStopping) or getattr(callback, "save_best_only", False)
 
 
 def _copy(model: keras.Model) -> keras.Model:

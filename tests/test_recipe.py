@@ -229,6 +229,14 @@ def test_callbacks_see_epochs_that_count_on(trained):
     assert {"pruned_neurons", "sparsity", "quantized", "val_accuracy"} <= seen.names
 
 
+def test_early_stopping_waits_for_the_target(trained):
+    model, train, test = trained
+    stop = keras.callbacks.EarlyStopping("val_loss", patience=0, restore_best_weights=True)
+    recipe = ks.Recipe([PruneWeights(0.9)])
+    small = recipe.fit(model, *train, epochs=6, verbose=0, callbacks=[stop], validation_data=test)
+    assert sparsity(small) == pytest.approx(0.9, abs=0.01)
+
+
 def test_learning_rate_of_a_step(trained):
     model, train, _ = trained
     rates = []

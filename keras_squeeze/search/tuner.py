@@ -292,6 +292,13 @@ class CompressionTuner(keras_tuner.Tuner):
         """What the search begins with, in the same files and by the same measures."""
         folder = pathlib.Path(self.project_dir, "before")
         if (folder / "metrics.json").is_file():
+            known, given = Result.read(folder).load_model(), self.hypermodel.model
+            if [v.shape for v in known.weights] != [v.shape for v in given.weights]:
+                raise ValueError(
+                    f"{self.project_dir} holds a search that began with a model of another shape, of "
+                    f"{known.count_params():,} parameters. Choose another directory, or pass overwrite=True. Received: "
+                    f"model '{given.name}' of {given.count_params():,} parameters"
+                )
             return
         write_result(
             self.hypermodel.model,
