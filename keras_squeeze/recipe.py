@@ -73,8 +73,8 @@ class Recipe:
             epochs: Altogether. They are shared out by `share`; where there are fewer than steps that train, the last
                 ones get one each, and the others are done in one shot.
             directory: Where `Export` steps write; made if it is missing. None: the working directory.
-            callbacks: Ordinary Keras callbacks. They see a `fit` for each step that trains, with epochs counted on. Early
-                stopping and the picking of a best model see a step only from its target on, as in `AfterTarget`.
+            callbacks: Ordinary Keras callbacks. They see a `fit` for each step that trains, with epochs counted on.
+                Early stopping and the picking of a best model see a step only from its target on, as in `AfterTarget`.
             options: The rest of what `keras.Model.fit` takes, such as `batch_size`, `validation_data`, `verbose`.
 
         Returns:
