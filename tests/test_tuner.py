@@ -176,6 +176,24 @@ def test_a_failing_recipe_is_not_the_end(tmp_path):
     assert "no such kernel" in oracle.trials["0000"].message
 
 
+def test_a_search_without_any_result_says_so(tmp_path):
+    """Labels of which there are fewer than inputs: no recipe is to blame, and no trial can be finished."""
+    tuner = search_tasks.tuner(tmp_path, 2, sensitivity=False)
+    (x, y), validation = search_tasks.data()
+    with pytest.raises(RuntimeError, match=r"All 2 trials failed, the last one so:(.|\n)*cardinality"):
+        tuner.search(x, y[:-1], validation_data=validation, epochs=1, verbose=0)
+
+
+def test_a_search_with_nothing_within_its_budgets_says_so(tmp_path, capsys):
+    hyper = ks.CompressionHyperModel(search_tasks.network(1), search_tasks.space(), artifact="packed")
+    oracle = ks.ParetoOracle(["val_accuracy", "size_bytes"], 1, seed=3, budgets={"max_size_bytes": 10})
+    tuner = ks.CompressionTuner(hyper, oracle, directory=tmp_path, sensitivity=False)
+    train, validation = search_tasks.data()
+    tuner.search(*train, validation_data=validation, epochs=1)
+    (size,) = (result.metrics["size_bytes"] for result in tuner.results())
+    assert f"no trial keeps size_bytes <= 10. The smallest size_bytes found is {size:,.0f}." in capsys.readouterr().out
+
+
 def test_hopeless_trials_end_early(tmp_path):
     """Against a front of five excellent trials, one that learns nothing is ended; it is not on the front."""
     hyper = ks.CompressionHyperModel(search_tasks.network(), search_tasks.space(), artifact="packed")
@@ -199,6 +217,7 @@ def test_hopeless_trials_end_early(tmp_path):
 
 
 def test_tensorboard_shows_hyperparameters_and_results(tmp_path):
+    import tensorflow as tf
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tuner = search_tasks.tuner(tmp_path / "search", 1, sensitivity=False)
@@ -211,11 +230,9 @@ def test_tensorboard_shows_hyperparameters_and_results(tmp_path):
         events = EventAccumulator(str(folder)).Reload()
         tags |= set(events.summary_metadata)
         for tag in events.Tags()["tensors"]:
-            value = events.Tensors(tag)[-1].tensor_proto
-            scalars[tag] = value.float_val[0] if value.float_val else None
+            scalars[tag] = tf.make_ndarray(events.Tensors(tag)[-1].tensor_proto)
     assert any("hparams" in tag for tag in tags)
-    assert "size_bytes" in tags
-    assert result.metrics["size_bytes"] > 0
+    assert {name: float(scalars[name]) for name in result.metrics} == pytest.approx(result.metrics)
 
 
 def test_under_a_distribution_strategy(tmp_path):

@@ -40,6 +40,11 @@ class Result:
     recipe: Recipe
     directory: pathlib.Path
 
+    @property
+    def trial(self) -> str:
+        """The number of the trial, as in the name of its directory."""
+        return self.directory.name.removeprefix("trial_")
+
     def load_model(self) -> keras.Model:
         """The finished model, not compiled; it predicts as it was measured."""
         return keras.models.load_model(self.directory / "model.keras", compile=False)

@@ -82,7 +82,7 @@ class ResumableOracle(keras_tuner.Oracle):
             self._close(stored)
             if stored.trial_id in self._display.trial_start:
                 self._display.on_trial_end(stored)
-            self._check_consecutive_failures()
+            self.check_failures(_HOPELESS)
 
     def abandon(self, tuner_id: str, reason: str) -> None:
         """Gives up a tuner that died: its trial is run again or, after too many such ends, failed."""
@@ -112,6 +112,20 @@ class ResumableOracle(keras_tuner.Oracle):
     def unfinished(self) -> int:
         """How many trials are still to be ended, of those that were begun."""
         return len(self.trials) - len(self.end_order)
+
+    def check_failures(self, enough: int) -> None:
+        """Failures in a row are not the end; nothing but failures is.
+
+        Args:
+            enough: How many trials must have ended before that is said.
+
+        Raises:
+            RuntimeError: all trials failed; the message has that of the last one.
+        """
+        ended = [self.trials[trial_id] for trial_id in self.end_order]
+        if len(ended) >= enough and all(trial.status == TrialStatus.FAILED for trial in ended):
+            failed = "The only trial" if len(ended) == 1 else f"All {len(ended)} trials"
+            raise RuntimeError(f"{failed} failed, the last one so:\n{ended[-1].message or 'no message'}")
 
     def check_space(self, hyperparameters) -> None:
         """Compares the space of a search that was reloaded with the one that is declared now.
@@ -226,9 +240,3 @@ class ResumableOracle(keras_tuner.Oracle):
             del self.ongoing_trials[tuner_id]
         self._retry_queue = [other for other in self._retry_queue if other != trial_id]
         self.last_seen.pop(trial_id, None)
-
-    def _check_consecutive_failures(self) -> None:
-        """Failures in a row are not the end; nothing but failures is."""
-        ended = [self.trials[trial_id] for trial_id in self.end_order]
-        if len(ended) >= _HOPELESS and all(trial.status == TrialStatus.FAILED for trial in ended):
-            raise RuntimeError(f"All {len(ended)} trials failed, the last one so:\n{ended[-1].message or 'no message'}")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from keras_squeeze.search.artifacts import Result
+from keras_squeeze.search.objectives import Budgets
 from keras_squeeze.search.oracle import ParetoOracle
 from keras_squeeze.search.results import measured, was_stopped
 
@@ -19,18 +20,17 @@ def in_words(trial, oracle: ParetoOracle) -> str:
     return f"{values}: {found}{early}"
 
 
-def extremes(results: list[Result], budgets: Mapping[str, float]) -> str:
+def extremes(results: list[Result], budgets: Budgets) -> str:
     """The extreme that was found of everything that has a budget."""
     found = []
-    for budget in budgets:
-        kind, _, name = budget.partition("_")
+    for name, kind, _ in budgets.limits:
         values = [result.metrics[name] for result in results if name in result.metrics]
         extreme = min(values) if kind == "max" else max(values)
         found.append(f"The {'smallest' if kind == 'max' else 'largest'} {name} found is {number(extreme)}.")
     return " ".join(found)
 
 
-def table_of(rows: list[tuple[Result, bool]], before: Mapping[str, float]):
+def table_of(rows: list[tuple[Result, bool]], before: Mapping[str, float], *, recipes: bool):
     """Results, with a star where they are on the front, under what the search began with; a `rich.table.Table`."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -39,13 +39,13 @@ def table_of(rows: list[tuple[Result, bool]], before: Mapping[str, float]):
     table = Table(box=SIMPLE_HEAD, title="What the search found")
     for name in ("trial", "", *names):
         table.add_column(name, justify="left" if name in ("trial", "") else "right", no_wrap=True)
-    table.add_column("recipe", overflow="fold")
+    if recipes:
+        table.add_column("recipe", overflow="fold")
     if before:
-        table.add_row("before", "", *(number(before[name]) if name in before else "-" for name in names), "")
+        table.add_row("before", "", *(number(before[name]) if name in before else "-" for name in names))
     for result, on_front in rows:
         numbers = (number(result.metrics[name]) if name in result.metrics else "-" for name in names)
-        trial = result.directory.name.removeprefix("trial_")
-        table.add_row(trial, "*" if on_front else "", *numbers, str(result.recipe))
+        table.add_row(result.trial, "*" if on_front else "", *numbers, *([str(result.recipe)] if recipes else []))
     return table
 
 

@@ -25,7 +25,7 @@ from keras_squeeze.search.sensitivity import sensitivity as profile_of
 from keras_squeeze.search.summaries import duration, extremes, in_words, table_of
 from keras_squeeze.search.watching import HopelessTrialError, Watch
 
-_WIDTH = 140  # of a table that goes to a file
+_WIDTH = 140  # of a table that goes to a file; on a narrower terminal recipes stand below it
 _FEW_EPOCHS = 4  # of a trial, that is over before there is a reason to stop it
 
 
@@ -110,6 +110,7 @@ class CompressionTuner(keras_tuner.Tuner):
 
         Raises:
             ValueError: there is no validation data.
+            RuntimeError: every trial failed.
         """
         check_validation(kwargs)
         verbose = kwargs.pop("verbose", 1)
@@ -126,10 +127,12 @@ class CompressionTuner(keras_tuner.Tuner):
 
             self.save()
             chief.serve(self.oracle, dead_after=self._dead_after, on_change=self._tell)
-            return
-        if self._is_worker():
-            wait_for_chief()
-        super().search(*args, **kwargs)
+        else:
+            if self._is_worker():
+                wait_for_chief()
+            super().search(*args, **kwargs)
+        if not self._is_worker():
+            self._conclude()
 
     def run_trial(self, trial, *args, **kwargs) -> dict[str, float]:
         """Trains, finishes and measures one configuration."""
@@ -194,7 +197,7 @@ class CompressionTuner(keras_tuner.Tuner):
         inside = [r for r in results if limits.met_by(r.metrics) and self._whole_oracle.budgets.met_by(r.metrics)]
         if not inside:
             nearest = min(results, key=lambda r: limits.violation(r.metrics))
-            raise ValueError(f"No trial keeps {limits.text()}. {extremes(results, budgets)} The nearest is {nearest}")
+            raise ValueError(f"No trial keeps {limits.text()}. {extremes(results, limits)} The nearest is {nearest}")
         metric = f"val_{self.hypermodel.metric}"
         sign = 1 if self.hypermodel.direction == "max" else -1
         return max(inside, key=lambda r: (sign * r.metrics[metric], -r.metrics["size_bytes"]))
@@ -256,7 +259,11 @@ class CompressionTuner(keras_tuner.Tuner):
         others = [result for result in self.results() if result.directory not in shown]
         rows = [*((result, True) for result in front), *((result, False) for result in others)][:num_trials]
         console = Console()
-        console.print(table_of(rows, self._before()), width=None if console.is_terminal else _WIDTH)
+        width = console.width if console.is_terminal else _WIDTH
+        console.print(table_of(rows, self._before(), recipes=width >= _WIDTH), width=width)
+        if width < _WIDTH:
+            for result, _ in rows:
+                print(f"{result.trial}: {result.recipe}")
         print(f"Results are in {self.project_dir}. * is on the front: no other trial is better in every objective.")
 
     # Where things are.
@@ -339,6 +346,15 @@ class CompressionTuner(keras_tuner.Tuner):
             self._told += 1
             self._say(f"keras_squeeze: trial {self._told} of {oracle.max_trials}, {in_words(trial, oracle)}")
             self._say(f"  {self._outlook()}")
+
+    def _conclude(self) -> None:
+        """What a search must not end with in silence: no result at all, or none that is of use."""
+        oracle = self._whole_oracle
+        oracle.check_failures(enough=1)
+        results = self.results()
+        if results and oracle.budgets.limits and not oracle.completed_trials(oracle.budgets):
+            found = extremes(results, oracle.budgets)
+            self._say(f"keras_squeeze: no trial keeps {oracle.budgets.text()}. {found}")
 
     def _outlook(self) -> str:
         """The front, the best within the budgets, and the time that is left."""
