@@ -66,9 +66,7 @@ def shrink_one(network: str, top: bool) -> Row:
     keras.utils.set_random_seed(0)
     size = SMALLEST.get(network, 32)
     options = {"classes": 10, "classifier_activation": None} if top else {}
-    model = getattr(keras.applications, network)(
-        weights=None, include_top=top, input_shape=(size, size, 3), **options
-    )
+    model = getattr(keras.applications, network)(weights=None, include_top=top, input_shape=(size, size, 3), **options)
     _randomize_statistics(model)
     report = ks.prune_neurons(model, 0.5)
     small = ks.shrink(model)

@@ -61,9 +61,13 @@ def _libraries(library: str):
 
 
 def _times(plan: Plan) -> dict[str, int]:
-    """The schedule in steps: from the start to three quarters of the pruning epochs, some twenty updates."""
-    steps = plan.pruning_epochs * -(-plan.train // BATCH)
-    return {"begin_step": 0, "end_step": 3 * steps // 4, "frequency": max(1, 3 * steps // 80)}
+    """The schedule in steps: from the start to about three quarters of the pruning epochs, some twenty updates.
+
+    The frequency divides the span: where it does not, tfmot never reaches the final sparsity, and `tfmot_compat` does.
+    """
+    steps = 3 * plan.pruning_epochs * -(-plan.train // BATCH) // 4
+    frequency = max(1, steps // 20)
+    return {"begin_step": 0, "end_step": steps // frequency * frequency, "frequency": frequency}
 
 
 def run_pipeline(library: str, plan: Plan, seed: int, weights: list[np.ndarray], folder: str) -> Run:

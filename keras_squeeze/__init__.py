@@ -13,6 +13,7 @@ from keras_squeeze.pruning.channel_rules import register_channel_rule
 from keras_squeeze.pruning.keep_sparsity import KeepSparsity
 from keras_squeeze.pruning.magnitude import MagnitudePruning, prune_weights
 from keras_squeeze.pruning.neuron import NeuronPruning, prune_neurons
+from keras_squeeze.pruning.overview import NeuronOverview, prunable_neurons
 from keras_squeeze.pruning.shrinking import shrink
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.conversion import finalize, quantize_aware
@@ -47,6 +48,7 @@ __all__ = [
     "KeepSparsity",
     "Latency",
     "MagnitudePruning",
+    "NeuronOverview",
     "NeuronPruning",
     "ParetoOracle",
     "QuantizationSchedule",
@@ -62,6 +64,7 @@ __all__ = [
     "measure_latencies",
     "measure_latency",
     "pareto_front",
+    "prunable_neurons",
     "prune_neurons",
     "prune_weights",
     "quantize_aware",

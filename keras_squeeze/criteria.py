@@ -289,6 +289,12 @@ def batches(data, num_batches: int | None, batch_size: int = 32) -> Iterator[tup
         raise ValueError("`data` is empty: pass at least one batch.")
 
 
+def inputs_only(model, data):
+    """Data as `batches` takes it, where a user passed the inputs of a model alone: a dict, or a list for several."""
+    several = isinstance(data, list) and len(data) == len(model.inputs) > 1
+    return (data,) if isinstance(data, dict) or several else data
+
+
 def _is_list_of_arrays(part) -> bool:
     """Whether a part of the data is for several inputs; TensorFlow would stack a list."""
     return isinstance(part, list) and bool(part) and all(hasattr(array, "shape") for array in part)

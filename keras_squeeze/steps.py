@@ -151,7 +151,7 @@ class PruneNeurons(TrainingStep):
         else:
             final = None if self.schedule is None else schedules.get(self.schedule).final
             prune_neurons(task.model, final, **self._how(task.sample))
-        return shrink(task.model)
+        return shrink(task.model, allow_inexact=self.allow_inexact)
 
     def intent(self):
         return {"neurons": 0.0 if self.schedule is None else schedules.get(self.schedule).final}

@@ -1,5 +1,6 @@
 """Settings and data that all tests share."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -18,9 +19,16 @@ tf.config.set_logical_device_configuration(
 @pytest.fixture(autouse=True)
 def fresh_keras():
     """Every test begins with the same seeds, names and precision."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # which takes longer than most tests
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_memory():
+    """What the tests of a file left behind goes."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -101,11 +101,15 @@ def batch_norm(rng, tensor, same):
 
 
 def other_norm(rng, tensor, same):
-    kind = rng.integers(3)
+    kind = rng.integers(5)
     if kind == 0:
         return layers.LayerNormalization()(tensor)
     if kind == 1:
         return layers.GroupNormalization(groups=-1)(tensor)
+    if kind == 2:
+        return layers.GroupNormalization(groups=2 if tensor.shape[-1] % 2 == 0 else 1)(tensor)
+    if kind == 3:
+        return layers.RMSNormalization(epsilon=0.01)(tensor)
     return layers.UnitNormalization()(tensor)
 
 
@@ -218,13 +222,47 @@ def recurrent(rng, tensor, same):
     if height * width > 64:
         return None
     sequence = layers.Reshape((height * width, channels))(tensor)
-    kind = rng.integers(3)
+    options = {"return_sequences": True, "use_bias": bool(rng.random() < 0.7), "go_backwards": bool(rng.random() < 0.3)}
+    kind = rng.integers(5)
     if kind == 0:
-        found = layers.LSTM(4, return_sequences=True)(sequence)
+        found = layers.LSTM(4, activation=str(rng.choice(["tanh", "relu", "sigmoid"])), **options)(sequence)
     elif kind == 1:
-        found = layers.Bidirectional(layers.GRU(4, return_sequences=True))(sequence)
+        found = layers.GRU(4, reset_after=bool(rng.random() < 0.5), **options)(sequence)
+    elif kind == 2:
+        merge_mode = str(rng.choice(["concat", "sum", "mul", "ave"]))
+        kinds = [layers.LSTM, layers.GRU, layers.SimpleRNN]
+        inner = kinds[rng.integers(3)](4, return_sequences=True)
+        found = layers.Bidirectional(inner, merge_mode=merge_mode)(sequence)
+    elif kind == 3:
+        cells = [layers.LSTMCell(4), layers.GRUCell(8), layers.SimpleRNNCell(4)]
+        found = layers.RNN(cells[: rng.integers(1, 4)], return_sequences=True)(sequence)
     else:
-        found = layers.MultiHeadAttention(2, 3)(sequence, sequence)
+        _, h, c = layers.LSTM(4, return_state=True)(sequence)
+        found = layers.LSTM(4, return_sequences=True)(sequence, initial_state=[h, c])
+    return layers.Reshape((height, width, found.shape[-1]))(found)
+
+
+def attention(rng, tensor, same):
+    height, width, channels = tensor.shape[1:]
+    if height * width > 64:
+        return None
+    sequence = layers.Reshape((height * width, channels))(tensor)
+    kind = rng.integers(5)
+    if kind == 0:
+        layer = layers.MultiHeadAttention(int(rng.integers(1, 5)), 4, value_dim=int(rng.choice([2, 4])))
+        found = layers.Add()([sequence, layer(sequence, sequence)])
+    elif kind == 1:
+        memory = layers.Dense(8, activation=_activation(rng))(sequence)
+        found = layers.MultiHeadAttention(2, 4, output_shape=8, use_bias=bool(rng.random() < 0.5))(sequence, memory)
+    elif kind == 2:
+        found = layers.GroupQueryAttention(4, 4, int(rng.choice([1, 2, 4])))(sequence, sequence)
+    elif kind == 3:
+        query = layers.Dense(channels)(sequence)
+        kinds = [layers.Attention, layers.AdditiveAttention]
+        found = kinds[rng.integers(2)]()([query, sequence])
+    else:
+        normed = layers.RMSNormalization()(sequence)
+        found = layers.Add()([sequence, layers.MultiHeadAttention(2, 4)(normed, normed)])
     return layers.Reshape((height, width, found.shape[-1]))(found)
 
 
@@ -254,6 +292,7 @@ STEPS = [
     einsum,
     unknown,
     recurrent,
+    attention,
 ]
 
 

@@ -20,6 +20,7 @@ from keras_squeeze.deployment.comparison import compare
 from keras_squeeze.deployment.litert import PRECISIONS, export
 from keras_squeeze.deployment.loading import load_examples
 from keras_squeeze.deployment.packing import save_packed
+from keras_squeeze.pruning.overview import prunable_neurons
 from keras_squeeze.pruning.shrinking import shrink
 from keras_squeeze.report import summarize
 
@@ -40,10 +41,13 @@ def _demo(options) -> tuple[None, dict]:
 def add_report(commands) -> None:
     parser = command(commands, "report", _report, "show parameters, zeros, bits, bytes and MACs of every layer")
     takes_models(parser)
+    what = "instead, show how many neurons of each layer can be removed, and what keeps the others"
+    parser.add_argument("--neurons", action="store_true", help=what)
 
 
 def _report(options) -> tuple[Any, dict]:
-    report = summarize(load(options))
+    model = load(options)
+    report = prunable_neurons(model) if options.neurons else summarize(model)
     return report, report.to_dict()
 
 

@@ -4,6 +4,7 @@ A rule gets a layer, the `Channels` of its inputs and the `ChannelGraph`. It tel
 hold neurons, and returns the channels of its output. Rules of layers that only move values are in `shape_rules.py`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import keras
@@ -11,13 +12,23 @@ import numpy as np
 from keras.src.applications.convnext import LayerScale, StochasticDepth
 from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
-from keras_squeeze.pruning.channels import ChannelGraph, Channels
-from keras_squeeze.pruning.shape_rules import SHAPE_RULES, mixed, scaled_sum, through_function, unchanged
+from keras_squeeze.pruning.attention_rules import ATTENTION_RULES
+from keras_squeeze.pruning.channels import ChannelGraph, Channels, Read
+from keras_squeeze.pruning.recurrent_rules import RECURRENT_RULES
+from keras_squeeze.pruning.shape_rules import (
+    SHAPE_RULES,
+    along_last_axis,
+    mixed,
+    scaled_sum,
+    through_function,
+    unchanged,
+)
 from keras_squeeze.selection import _underlying
 
 Rule = Callable[[keras.Layer, Sequence[Channels], ChannelGraph], Channels | Sequence[Channels]]
 
 _RULES: dict[type, Rule] = {}
+_OF_KERAS = (RECURRENT_RULES, ATTENTION_RULES, SHAPE_RULES)
 
 _COMPUTES = {"call", "__call__", "build", "convolution_op", "kernel", "activation"}
 """A class that defines one of these may compute something else than the class that it derives from."""
@@ -68,7 +79,7 @@ def register_channel_rule(layer_class: type, rule: Rule) -> None:
 def find_rule(layer) -> Rule | None:
     """The rule of a layer's class, or of one that it derives from without changing what it computes."""
     for base in type(layer).__mro__:
-        rule = _RULES.get(base) or SHAPE_RULES.get(base)
+        rule = next((rules[base] for rules in (_RULES, *_OF_KERAS) if base in rules), None)
         if rule:
             return rule
         if not _COMPUTES.isdisjoint(vars(base)):
@@ -93,8 +104,8 @@ def _rule_for(*names: str):
 
 @_rule_for("Dense")
 def dense(layer, inputs, graph):
-    (x,) = inputs
-    if x.axis != len(x.shape) - 1:
+    x = along_last_axis(layer, inputs[0], graph)
+    if len(x.ids) != layer.kernel.shape[-2]:  # a size that is not known
         return mixed(layer, inputs, graph)
     kernel = _underlying(layer, "kernel")
     output = _contract(layer, graph, x, kernel, -2, -1, layer.bias, graph.shapes[0], folds=True)
@@ -207,11 +218,11 @@ def batch_normalization(layer, inputs, graph):
     return x.with_constants(constants)
 
 
-@_rule_for("LayerNormalization", "RMSNormalization")
-def normalization_over_channels(layer, inputs, graph):
+@_rule_for("LayerNormalization")
+def layer_normalization(layer, inputs, graph):
+    """The mean over the channels is another one without a channel, even one that is zero."""
     (x,) = inputs
-    axes = [axis % len(x.shape) for axis in np.atleast_1d(layer.axis)]
-    if axes != [x.axis]:
+    if not _is_over_channels(layer, x):
         return mixed(layer, inputs, graph)
     if not graph.inexact:
         graph.freeze(x, f"{graph.path} normalises over it: its statistics would change (allow_inexact=True removes it)")
@@ -221,15 +232,38 @@ def normalization_over_channels(layer, inputs, graph):
     return _scaled_and_shifted(layer, x.unknown(), graph)
 
 
+@_rule_for("RMSNormalization")
+def rms_normalization(layer, inputs, graph):
+    """Channels that are zero add nothing to the sum of squares; that there are fewer of them, scale and epsilon undo.
+
+    `x * s / sqrt(sum / n + e)` is `x * s' / sqrt(sum / m + e')` with `s' = s * sqrt(n / m)` and `e' = e * n / m`.
+    """
+    (x,) = inputs
+    if not _is_over_channels(layer, x):
+        return mixed(layer, inputs, graph)
+    epsilon, count = layer.epsilon, len(x.ids)
+    graph.require_constant(x, True, f"{graph.path} normalises over it, and it is not zero")
+    graph.option(layer, "epsilon", x.ids, lambda kept: epsilon * count / int(np.count_nonzero(kept)))
+    graph.rescale(layer.scale, x.ids, lambda kept: math.sqrt(count / int(np.count_nonzero(kept))))
+    return _scaled_and_shifted(layer, x.with_constants(np.where(x.constants == 0, 0.0, np.nan)), graph)
+
+
 @_rule_for("GroupNormalization")
 def group_normalization(layer, inputs, graph):
+    """Whole groups go: the statistics of the others do not change."""
     (x,) = inputs
-    if layer.groups not in (-1, len(x.ids)) or x.axis != layer.axis % len(x.shape):
+    if x.axis != layer.axis % len(x.shape) or layer.groups == 1:
         return mixed(layer, inputs, graph)
-    graph.option(layer, "groups", x.ids)
-    # With one channel to a group, a constant channel is normalised to zero.
-    centred = x.with_constants(np.where(np.isnan(x.constants), np.nan, 0.0))
-    return _scaled_and_shifted(layer, centred, graph)
+    groups = len(x.ids) if layer.groups == -1 else layer.groups
+    by_group = x.ids.reshape(groups, -1)
+    size = by_group.shape[1]
+    for place in range(1, size):
+        graph.unite(by_group[:, 0], by_group[:, place])
+    graph.option(layer, "groups", x.ids, lambda kept: int(np.count_nonzero(kept)) // size)
+    # Channels that are constant and equal to those of their group are normalised to zero.
+    constants = x.constants.reshape(groups, -1)
+    same = np.all(constants == constants[:, :1], axis=1)
+    return _scaled_and_shifted(layer, x.with_constants(np.repeat(np.where(same, 0.0, np.nan), size)), graph)
 
 
 @_rule_for("PReLU")
@@ -274,6 +308,7 @@ def _contract(layer, graph, x: Channels, kernel, in_axis, out_axis, bias, shape,
     graph.consume(layer, kernel, in_axis, x)
     if bias is not None:
         graph.follow(bias, 0, output.ids)
+        graph.reads.append(Read(layer, kernel, in_axis, out_axis, bias, x))
     if folds and bias is not None:
         graph.require_constant(x, False, "")
         graph.fold(kernel, in_axis, out_axis, bias, x)
@@ -311,7 +346,7 @@ def _channelwise(graph, x: Channels, kernel, axis: int, channel_axis: int, bias,
     outputs = values.shape[-1] // len(x.ids) if axis == -1 else values.shape[-1]
     ids = np.repeat(x.ids, outputs)
     graph.follow(kernel, axis, ids if axis == -1 else x.ids)
-    graph.consumers.append((layer, x))
+    graph.observe(layer, x)
     values = values.reshape(-1, len(ids))
     # In a masked neuron kernel and bias are zero; the input is too, which is all that is asked.
     entering = np.repeat(x.constants, outputs)
@@ -332,9 +367,8 @@ def _grouped(layer, graph, x: Channels, kernel, bias, shape) -> Channels:
         by_group = ids.reshape(layer.groups, -1)
         for group in by_group[1:]:
             graph.unite(by_group[0], group)
-    first = Channels(x.shape, x.axis, x.ids[: len(x.ids) // layer.groups], x.constants)
-    graph.consume(layer, kernel, -2, first)
-    graph.consumers[-1] = (layer, x)
+    graph.follow(kernel, -2, x.ids[: len(x.ids) // layer.groups], "input")
+    graph.observe(layer, x)
     graph.require_constant(x, True, f"its output is constant but not zero, and {graph.path} reads it in groups")
     masked = graph.is_masked(output.ids)
     values = graph.value(kernel)
@@ -362,6 +396,10 @@ def _scaled_and_shifted(layer, x: Channels, graph) -> Channels:
 
 def _activated(layer, x: Channels, graph) -> Channels:
     return through_function(layer.activation, x, graph)
+
+
+def _is_over_channels(layer, x: Channels) -> bool:
+    return [axis % len(x.shape) for axis in np.atleast_1d(layer.axis)] == [x.axis]
 
 
 def _moved(x: Channels, shape, axis: int) -> Channels:

@@ -49,7 +49,9 @@ class Slices:
     """Where neurons lie in a weight: entry `i` along `axis` belongs to neuron `ids[i]`.
 
     `role` is `"output"` where the weight computes the neuron (zero it to mask the neuron), `"input"` where it reads
-    it, and `"parameter"` where it only accompanies it.
+    it, and `"parameter"` where it only accompanies it. `blocks`: how often the neurons come along the axis, one block
+    after the other, as for the gates of a recurrent layer. `rounded`: whether runtimes like widths that are multiples
+    of something; they do not care about the number of attention heads.
     """
 
     variable: Any
@@ -57,6 +59,13 @@ class Slices:
     ids: np.ndarray
     role: str
     path: str
+    blocks: int = 1
+    rounded: bool = True
+
+    @property
+    def width(self) -> int:
+        """Channels of the layer, in one block."""
+        return len(self.ids) // self.blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,17 +80,33 @@ class Fold:
     constants: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A layer whose bias is added to what a kernel makes of the channels: what is missing there can be added to it."""
+
+    layer: Any
+    kernel: Any
+    in_axis: int
+    out_axis: int
+    bias: Any
+    channels: Channels
+
+
 @dataclass(eq=False)
 class ChannelGraph:
     """The neurons of a model. Rules call its methods; see `register_channel_rule`.
 
     Attributes:
         slices: Where neurons lie in weights.
-        sources: `(neurons, path)` of what computes neurons: the weights that `produce` was called with.
+        sources: Of these slices, the ones of kernels: what `produce` and `compute` were called with.
         options: Per layer (by identity), what depends on which neurons there are: name of an entry of its config or
             an argument of its call -> the neurons, and a function from a boolean array (True: kept) to the value.
         inputs: Per input tensor of a nested model (by identity), the channels that enter there.
-        consumers: The layers that read neurons, and the channels that enter them.
+        consumers: The layers that read neurons, the channels that enter them, and the number of the call.
+        folds, reads: Where constants move into a bias exactly, and where what is removed could be made up for in one.
+        rescaled: Per weight (by identity), a factor that it takes where neurons go: the neurons, and a function from a
+            boolean array (True: kept) to it.
+        calls: How many calls of layers there were.
         inexact: Whether layers may be cut whose statistics change with the number of their channels.
         assumed: Boolean per id: neurons taken to be masked. None: the weights are as they are.
         inexact_layers: Paths of the layers that made use of `inexact`.
@@ -96,8 +121,11 @@ class ChannelGraph:
     sources: dict[tuple[int, int], Slices] = field(default_factory=dict)
     options: dict[int, dict[str, tuple[np.ndarray, Callable[[np.ndarray], Any]]]] = field(default_factory=dict)
     inputs: dict[int, Channels] = field(default_factory=dict)
-    consumers: list[tuple[Any, Channels]] = field(default_factory=list)
+    consumers: list[tuple[Any, Channels, int]] = field(default_factory=list)
+    rescaled: dict[int, tuple[np.ndarray, Callable[[np.ndarray], float]]] = field(default_factory=dict)
+    calls: int = 0
     folds: list[Fold] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
     inexact_layers: list[str] = field(default_factory=list)
     droppable: dict[int, list[int]] = field(default_factory=dict)
     node: Any = None
@@ -112,15 +140,28 @@ class ChannelGraph:
 
     # What a rule says.
 
-    def produce(self, weight, axis: int, shape) -> Channels:
-        """New neurons, one for each entry of a weight along an axis; they lie along the last axis of `shape`."""
+    def produce(self, weight, axis: int, shape, *, blocks: int = 1, name: str = "", rounded: bool = True) -> Channels:
+        """New neurons, one for each entry of a weight along an axis; they lie along the last axis of `shape`.
+
+        `name`: what they are, where a layer computes neurons of several kinds; `blocks`, `rounded`: see `Slices`.
+        """
         axis %= len(weight.shape)
         key = (id(weight), axis)
         if key not in self.slices:
-            ids = self._new_ids(weight.shape[axis])
-            self.slices[key] = self.sources[key] = Slices(weight, axis, ids, "output", self.path)
-        ids = self.slices[key].ids
+            path = f"{self.path}/{name}" if name else self.path
+            ids = np.tile(self._new_ids(weight.shape[axis] // blocks), blocks)
+            self.slices[key] = self.sources[key] = Slices(weight, axis, ids, "output", path, blocks, rounded)
+        slices = self.slices[key]
+        ids = slices.ids[: slices.width]
         return Channels(tuple(shape), len(shape) - 1, ids, np.full(len(ids), np.nan))
+
+    def compute(self, weight, axis: int, ids: np.ndarray, *, blocks: int = 1) -> None:
+        """One more kernel that computes neurons, with an entry (in each block) for every one of them."""
+        axis %= len(weight.shape)
+        source = next(each for each in self.sources.values() if np.isin(ids, each.ids).all())
+        self._attach(weight, axis, np.tile(ids, blocks), "output")
+        slices = Slices(weight, axis, np.tile(ids, blocks), "output", source.path, blocks, source.rounded)
+        self.sources.setdefault((id(weight), axis), slices)
 
     def follow(self, weight, axis: int, ids: np.ndarray, role: str = "output") -> None:
         """A weight has one entry for each of these neurons along an axis.
@@ -132,7 +173,15 @@ class ChannelGraph:
     def consume(self, layer, weight, axis: int, channels: Channels) -> None:
         """A weight reads these channels along an axis."""
         self._attach(weight, axis, channels.ids, "input")
-        self.consumers.append((layer, channels))
+        self.observe(layer, channels)
+
+    def observe(self, layer, channels: Channels) -> None:
+        """A layer is called with these channels: criteria that look at activations look there."""
+        self.consumers.append((layer, channels, self.calls))
+
+    def rescale(self, weight, ids: np.ndarray, factor: Callable[[np.ndarray], float]) -> None:
+        """A weight is multiplied by a factor that depends on which of these neurons are kept."""
+        self.rescaled[id(weight)] = ids, factor
 
     def require_constant(self, channels: Channels, zero: bool, reason: str) -> None:
         """Only channels that are constant (and zero, if asked) may go from here; the others stay for `reason`."""

@@ -52,6 +52,7 @@ def _run(functional, inputs: Sequence[Channels], graph: ChannelGraph, prefix: st
 def _call(layer, inputs: Sequence[Channels], shapes: list, graph: ChannelGraph) -> list[Channels]:
     """Takes channels through one call of a layer."""
     graph.shapes = [tuple(shape) for shape in shapes]
+    graph.calls += 1
     reason = _special(layer, graph)
     if reason:
         return _opaque(inputs, graph, reason)
@@ -59,7 +60,7 @@ def _call(layer, inputs: Sequence[Channels], shapes: list, graph: ChannelGraph) 
     if inner is not None:
         entering = [graph.enter(tensor, channels) for tensor, channels in zip(inner.inputs, inputs, strict=True)]
         return _run(inner, entering, graph, f"{graph.path}/")
-    if isinstance(layer, keras.layers.TimeDistributed) and all(channels.axis > 1 for channels in inputs):
+    if isinstance(layer, keras.layers.TimeDistributed) and inputs[0].axis > 1:
         return _over_time(layer, inputs, shapes, graph)
     rule = find_rule(layer)
     if rule is None:
@@ -93,7 +94,10 @@ def _opaque(inputs, graph: ChannelGraph, reason: str) -> list[Channels]:
 
 def _over_time(layer, inputs, shapes, graph) -> list[Channels]:
     """Every time step goes through the wrapped layer, so the axis of time is left out of what its rule sees."""
-    steps = [replace(x, shape=(x.shape[0], *x.shape[2:]), axis=x.axis - 1) for x in inputs]
+    x, *masks = inputs
+    for mask in masks:
+        graph.freeze(mask, f"{graph.path} takes it as a mask")
+    steps = [replace(x, shape=(x.shape[0], *x.shape[2:]), axis=x.axis - 1)]
     graph.path = f"{graph.path}/{layer.layer.name}"
     outputs = _call(layer.layer, steps, [(shape[0], *shape[2:]) for shape in shapes], graph)
     return [replace(y, shape=tuple(shape), axis=y.axis + 1) for y, shape in zip(outputs, shapes, strict=True)]

@@ -7,16 +7,19 @@ import keras
 import numpy as np
 
 from keras_squeeze import schedules
-from keras_squeeze.criteria import check_reusable
+from keras_squeeze.criteria import batches, check_reusable, inputs_only
 from keras_squeeze.pruning import neuron_criteria
+from keras_squeeze.pruning.compensation import remember, seal
 from keras_squeeze.pruning.constraints import MaskConstraint, attach_masks, detach_masks
 from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
 from keras_squeeze.pruning.neurons import Neurons, Savings, widths
+from keras_squeeze.pruning.shrinking import shrink
 from keras_squeeze.report import CompressionReport, summarize
 from keras_squeeze.selection import Layers, check_finite, read, select_layers
 from keras_squeeze.training import CompressionCallback, fraction
 
 ALLOCATIONS = ("global", "uniform")
+_EXAMPLES = 32  # on which it is measured what an inexact removal changes
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,9 @@ class NeuronPruning(CompressionCallback):
         round_to: Widths end at multiples of it, which runtimes compute faster, or stay as they are; 1 = any width.
         min_neurons: Neurons that every layer keeps.
         max_layer_fraction: The largest fraction of a layer's neurons that goes, in (0, 1].
-        allow_inexact: Prune neurons in front of a `LayerNormalization`, too. Its statistics change when they are
-            removed, so that the shrunk model predicts something else than the masked one: fine-tune it.
+        allow_inexact: Prune neurons in front of a `LayerNormalization`, too. Its statistics change when
+            `shrink(model, allow_inexact=True)` removes them, so that the shrunk model predicts something else than the
+            masked one: fine-tune it.
 
     Raises:
         ValueError, TypeError: an argument outside its range, at once; a model, data or budget that does not fit,
@@ -310,8 +314,12 @@ def prune_neurons(
         pruned = selector.select(1.0)
     except FloatingPointError as error:
         raise ValueError(f"Nothing was pruned: {error} Check the weights, `data` and the loss.") from None
+    remember(model, neurons.masks(pruned))
     _apply(neurons, pruned, {})
+    seal(model)
     report = _report(neurons, pruned)
+    if neurons.graph.inexact_layers:
+        report.notes.append(f"{_inexact(neurons)}; {_measured_change(model, data)}")
     report.frozen += selector.stuck
     gone = np.count_nonzero(pruned) / neurons.prunable
     if target.kind == "neurons" and abs(gone - target.value) > 0.01:
@@ -347,11 +355,29 @@ def _report(neurons: Neurons, pruned: np.ndarray) -> CompressionReport:
     (parameters, macs), (left, macs_left) = savings.left(np.zeros_like(pruned)), savings.left(pruned)
     note = f"shrink(model) will leave {left:,} of {parameters:,} parameters"
     report.notes.append(f"{note} and {macs_left:,} of {macs:,} MACs" if macs else note)
-    if neurons.graph.inexact_layers:
-        report.notes.append(f"inexact when shrunk: {', '.join(dict.fromkeys(neurons.graph.inexact_layers))}")
     report.frozen = list(neurons.frozen)
     report.widths = widths(neurons.groups, pruned)
     return report
+
+
+def _inexact(neurons: Neurons) -> str:
+    return f"inexact when shrunk: {', '.join(dict.fromkeys(neurons.graph.inexact_layers))}"
+
+
+def _measured_change(model: keras.Model, data) -> str:
+    """What leaving statistics to fewer channels does to the predictions."""
+    source = "data"
+    if data is None:
+        rng = np.random.default_rng(0)
+        shapes = [(_EXAMPLES, *(size or 1 for size in tensor.shape[1:])) for tensor in model.inputs]
+        arrays = [rng.normal(size=shape).astype(t.dtype) for shape, t in zip(shapes, model.inputs, strict=True)]
+        data, source = (arrays[0] if len(arrays) == 1 else arrays), "random inputs"
+    x, _, _ = next(batches(inputs_only(model, data), 1, _EXAMPLES))
+    small = shrink(model, allow_inexact=True)
+    before, after = (keras.tree.flatten(each(x, training=False)) for each in (model, small))
+    pairs = [(read(one), read(other)) for one, other in zip(before, after, strict=True)]
+    change = max(np.abs(one - other).max() / np.abs(one).max() for one, other in pairs)
+    return f"predictions then change by up to {change:.2g} of the largest, on {source}"
 
 
 def _warn_of_frozen(model, neurons: Neurons) -> None:

@@ -43,7 +43,8 @@ class Limits:
         size = len(group.neurons)
         least = max(self.min_neurons, size - int(size * self.max_layer_fraction + 1e-9), 1)
         counts = np.arange(min(least, size), size + 1)
-        fits = (counts * group.channels + group.others) % self.round_to == 0
+        multiple = self.round_to if group.rounded else 1
+        fits = (counts * group.channels + group.others) % multiple == 0
         return counts[fits | (counts == size)]
 
 

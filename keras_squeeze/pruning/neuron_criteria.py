@@ -3,7 +3,6 @@
 A neuron's weights may lie in several layers (those that a residual sum joins): a criterion adds up over all of them.
 """
 
-import contextlib
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,8 +11,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_squeeze.criteria import batch_gradients, batches
+from keras_squeeze.criteria import batch_gradients
 from keras_squeeze.pruning.neurons import Neurons
+from keras_squeeze.pruning.observing import observe
 from keras_squeeze.selection import read
 
 
@@ -178,7 +178,10 @@ class Taylor(_DataCriterion):
 
 
 class _ActivationCriterion(_DataCriterion):
-    """Base class of those that look at what a neuron's readers see of it."""
+    """Base class of those that look at what a neuron's readers see of it.
+
+    Neurons that no layer reads by itself, such as the width of attention keys, get their Euclidean norm.
+    """
 
     @abstractmethod
     def of(self, activations: np.ndarray) -> np.ndarray:
@@ -186,46 +189,14 @@ class _ActivationCriterion(_DataCriterion):
 
     def scores(self, neurons, data=None):
         sums, seen = np.zeros(neurons.count), np.zeros(neurons.count)
-        calls: dict[int, list] = {}
-        for layer, channels in neurons.graph.consumers:
-            calls.setdefault(id(layer), [layer]).append(channels)
 
-        def note(call_channels):
-            turn = [0]
+        def see(layer, channels, values):
+            own = neurons.classes[channels.ids]
+            np.add.at(sums, own, self.of(values))
+            np.add.at(seen, own, 1)
 
-            def see(tensor):
-                channels = call_channels[turn[0] % len(call_channels)]
-                turn[0] += 1
-                values = np.moveaxis(np.asarray(keras.ops.convert_to_numpy(tensor)), channels.axis, -1)
-                own = neurons.classes[channels.ids]
-                np.add.at(sums, own, self.of(values.reshape(-1, values.shape[-1])))
-                np.add.at(seen, own, 1)
-
-            return see
-
-        watchers = [(layer, note(channels)) for layer, *channels in calls.values()]
-        with contextlib.ExitStack() as stack:
-            for layer, see in watchers:
-                stack.enter_context(_watched(layer, see))
-            for x, _, _ in batches(data, self.num_batches):
-                neurons.model(x, training=False)
-        return sums / np.maximum(seen, 1)
-
-
-@contextlib.contextmanager
-def _watched(layer, see: Callable[[Any], None]):
-    """Shows every input of a layer to a function."""
-    call = layer.call
-
-    def watched(inputs, *args, **kwargs):
-        see(inputs)
-        return call(inputs, *args, **kwargs)
-
-    vars(layer)["call"] = watched
-    try:
-        yield
-    finally:
-        del vars(layer)["call"]
+        observe(neurons.model, neurons.graph, data, self.num_batches, see)
+        return np.where(seen > 0, sums / np.maximum(seen, 1), L2().scores(neurons))
 
 
 @keras.saving.register_keras_serializable("keras_squeeze")

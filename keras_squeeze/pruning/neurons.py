@@ -22,12 +22,14 @@ class NeuronGroup:
         channels: Channels of that layer which one neuron takes: more than one where groups of a convolution are kept
             equal, or where channels are shuffled.
         others: Channels of that layer that belong to no neuron of this group.
+        rounded: Whether runtimes like the width to be a multiple of something.
     """
 
     paths: tuple[str, ...]
     neurons: np.ndarray
     channels: int
     others: int
+    rounded: bool = True
 
     @property
     def name(self) -> str:
@@ -45,8 +47,9 @@ class Neurons:
         graph: The channel graph.
         classes: For each of its ids, the number of the neuron.
         count: How many neurons there are, frozen ones included.
-        groups: Those that can be removed.
-        frozen: `(layer path, reason)` of the others.
+        reasons: `{neuron: why}` for those that cannot be removed.
+        groups: Those that can.
+        frozen: `(layer path, reason)` of those that cannot.
     """
 
     def __init__(self, model: keras.Model, layers: Layers = None, *, inexact=False, trainable_only=False):
@@ -55,9 +58,9 @@ class Neurons:
         self.classes = self.graph.classes()
         self.count = int(self.classes.max(initial=-1)) + 1
         chosen = {id(w.variable) for w in select_layers(model, layers, trainable_only=trainable_only).weights}
-        reasons = self._reasons(inexact, chosen, trainable_only)
-        self.groups = self._groups(reasons)
-        self.frozen = self._frozen(reasons)
+        self.reasons = self._reasons(inexact, chosen, trainable_only)
+        self.groups = self._groups(self.reasons)
+        self.frozen = self._frozen(self.reasons)
 
     @property
     def prunable(self) -> int:
@@ -74,10 +77,15 @@ class Neurons:
         Args:
             pruned: Boolean per neuron.
         """
+        masks: dict[int, tuple[keras.Variable, np.ndarray]] = {}
         for slices in self.entries():
             keep = ~pruned[self.classes[slices.ids]]
             shape = [-1 if axis == slices.axis else 1 for axis in range(len(slices.variable.shape))]
-            yield slices.variable, np.broadcast_to(keep.reshape(shape), tuple(slices.variable.shape))
+            mask = np.broadcast_to(keep.reshape(shape), tuple(slices.variable.shape))
+            if id(slices.variable) in masks:  # with neurons along another axis, too
+                mask = mask & masks[id(slices.variable)][1]
+            masks[id(slices.variable)] = slices.variable, mask
+        yield from masks.values()
 
     def dead(self) -> np.ndarray:
         """Boolean per neuron: whether everything that computes it is zero, as in one that is masked already."""
@@ -121,11 +129,14 @@ class Neurons:
             by_owners.setdefault(tuple(indices), []).append(neuron)
         groups = []
         for key, neurons in by_owners.items():
-            lies = self.classes[sources[key[0]].ids]
+            first = sources[key[0]]
+            lies = self.classes[first.ids[: first.width]]
             width = int(np.isin(lies, neurons).sum())
             paths = tuple(dict.fromkeys(sources[index].path for index in key))
             each = max(width // len(neurons), 1)
-            groups.append(NeuronGroup(paths, np.array(neurons), each, len(lies) - each * len(neurons)))
+            others = len(lies) - each * len(neurons)
+            rounded = any(sources[index].rounded for index in key)
+            groups.append(NeuronGroup(paths, np.array(neurons), each, others, rounded))
         return groups
 
     def _frozen(self, reasons) -> list[tuple[str, str]]:

@@ -5,9 +5,11 @@ transpose or slice makes of them is what the layer makes of the channels.
 """
 
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -30,11 +32,26 @@ def _rule_for(*names: str, module=keras.layers):
     return register
 
 
+def arguments_of(layer, inputs, graph: ChannelGraph) -> dict[str, Any]:
+    """What a layer is called with, by name, with the channels of a tensor in its place."""
+    channels = {id(tensor): x for tensor, x in zip(graph.node.input_tensors, inputs, strict=False)}
+    args, kwargs = keras.tree.map_structure(lambda value: channels.get(id(value), value), graph.arguments)
+    return dict(inspect.signature(layer.call).bind(*args, **kwargs).arguments)
+
+
 def mixed(layer, inputs, graph: ChannelGraph) -> list[Channels]:
     """A layer that does not treat these channels one by one: they stay, and what it computes is opaque."""
     for channels in inputs:
         graph.freeze(channels, f"{graph.path} ({type(layer).__name__}) mixes these channels")
     return [graph.opaque(shape, f"computed by {graph.path}, which mixes channels") for shape in graph.shapes]
+
+
+def along_last_axis(layer, x: Channels, graph: ChannelGraph) -> Channels:
+    """What a layer reads that works along the last axis: neurons that lie along another one stay."""
+    if x.axis == len(x.shape) - 1:
+        return x
+    graph.freeze(x, f"{graph.path} ({type(layer).__name__}) works along another axis")
+    return graph.opaque(x.shape, f"places along the last axis of what {graph.path} reads")
 
 
 # Values that change, each on its own.
@@ -44,13 +61,13 @@ def through_function(function, x: Channels, graph: ChannelGraph):
     """The channels after a function of one tensor, such as an activation."""
     if function is None:
         return x
-    if not _is_elementwise(function):
+    if not is_elementwise(function):
         graph.freeze(x, f"{graph.path}: {_name(function)} mixes these channels")
         return x.unknown()
-    return x.with_constants(_evaluated(function, x.constants))
+    return x.with_constants(evaluated(function, x.constants))
 
 
-def _is_elementwise(function) -> bool:
+def is_elementwise(function) -> bool:
     """Whether a function of one tensor treats its values one by one."""
     # A layer or an operation would be kept alive by the cache, and its model with it.
     return _tried(function) if isinstance(function, types.FunctionType) else _tried.__wrapped__(function)
@@ -89,7 +106,8 @@ def _tried(function) -> bool:
     return True
 
 
-def _evaluated(function, constants: np.ndarray) -> np.ndarray:
+def evaluated(function, constants: np.ndarray) -> np.ndarray:
+    """A function of constants, where they are known; NaN elsewhere."""
     known = ~np.isnan(constants)
     result = np.full(len(constants), np.nan)
     if known.any():
@@ -123,11 +141,21 @@ def activation_layer(layer, inputs, graph):
     "AlphaDropout",
     "ActivityRegularization",
     "Identity",
-    "Masking",
 )
 def unchanged(layer, inputs, graph):
     """What only training changes."""
     return inputs[0]
+
+
+@_rule_for("Masking")
+def masking(layer, inputs, graph):
+    """Steps at which every channel has a certain value are left out: channels that always have it change nothing."""
+    (x,) = inputs
+    if x.axis != len(x.shape) - 1:
+        return mixed(layer, inputs, graph)
+    above = x.with_constants(x.constants - layer.mask_value)
+    graph.require_constant(above, True, f"{graph.path} looks for another value in it")
+    return x.with_constants(np.where(x.constants == 0, 0.0, np.nan))
 
 
 @_rule_for("Rescaling")
@@ -469,7 +497,7 @@ def elementwise_operation(operation, inputs, graph):
     if any(np.size(x) != 1 for x in others):  # an array may have an entry per channel
         return mixed(operation, inputs, graph)
     applied = _Applied(operation, args[1:], kwargs)
-    return through_function(applied, inputs[0], graph) if _is_elementwise(applied) else mixed(operation, inputs, graph)
+    return through_function(applied, inputs[0], graph) if is_elementwise(applied) else mixed(operation, inputs, graph)
 
 
 class _Applied:

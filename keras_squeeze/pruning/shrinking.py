@@ -1,15 +1,19 @@
 """`shrink`: removes dead neurons physically. Fewer channels, the same function, an ordinary Keras model."""
 
+from collections.abc import Iterator
+
 import keras
 import numpy as np
 
+from keras_squeeze.criteria import check_reusable
 from keras_squeeze.graphs import Rebuilder, compile_like
+from keras_squeeze.pruning import compensation
 from keras_squeeze.pruning.channels import ChannelGraph
 from keras_squeeze.pruning.labelling import trace
 from keras_squeeze.selection import Variable, read
 
 
-def shrink(model: keras.Model) -> keras.Model:
+def shrink(model: keras.Model, *, compensate=None, allow_inexact: bool = False) -> keras.Model:
     """Removes the neurons whose output is provably constant, whoever made them so.
 
     A neuron goes where everything that reads it sees a constant: zero, or a value that fits into the next bias. That
@@ -18,6 +22,12 @@ def shrink(model: keras.Model) -> keras.Model:
 
     Args:
         model: A built Functional or Sequential model. It stays as it is.
+        compensate: Data (inputs, `(x, y)`, or a dataset of batches) to make up for what is removed with: the mean of
+            what was pruned goes into the next bias, and batch normalisations measure their statistics anew. What the
+            model predicts changes then, for the better. The first works for models that `prune_neurons` masked and that
+            were not trained since: training has made up for it already.
+        allow_inexact: Remove masked neurons in front of a `LayerNormalization`, too, whose statistics change; what the
+            model predicts changes with them.
 
     Returns:
         A new model with the same layer names, input and output shapes, compiled like the old one, the optimizer's state
@@ -39,16 +49,20 @@ def shrink(model: keras.Model) -> keras.Model:
     small = ks.shrink(model)
     ```
     """
-    graph = trace(model)
+    check_reusable(compensate)
+    graph = trace(model, inexact=allow_inexact)
     classes = graph.classes()
     kept = kept_ids(graph, classes)
+    shifts = [] if compensate is None else compensation.shifts(model, graph, kept, compensate)
     rebuilder = _Shrinker(graph, kept)
     small = rebuilder.rebuild(model)
     pairs = rebuilder.variables()
-    _copy_weights(pairs, graph, kept)
+    _copy_weights(pairs, graph, kept, shifts)
     for layer in small._flatten_layers():
         if isinstance(layer, keras.layers.Normalization):
             layer.finalize_state()  # it computes with what it has derived from its weights
+    if compensate is not None:
+        compensation.recalibrate(small, compensate)
     _copy_compilation(model, small, {id(old): new for old, new in pairs}, graph, kept)
     return small
 
@@ -68,6 +82,15 @@ def kept_ids(graph: ChannelGraph, classes: np.ndarray) -> np.ndarray:
     return alive[classes]
 
 
+_PARTS = {
+    keras.layers.TimeDistributed: lambda layer: {"layer": layer.layer},
+    keras.layers.Bidirectional: lambda layer: {"layer": layer.forward_layer, "backward_layer": layer.backward_layer},
+    keras.layers.RNN: lambda layer: {"cell": layer.cell},
+    keras.layers.StackedRNNCells: lambda layer: {"cells": layer.cells},
+}
+"""Layers that are made of others, by the arguments that these are."""
+
+
 class _Shrinker(Rebuilder):
     """Builds a model anew with fewer channels, from edited configs."""
 
@@ -77,9 +100,14 @@ class _Shrinker(Rebuilder):
         self._kept = kept
 
     def make(self, layer):
-        if type(layer) is keras.layers.TimeDistributed:
-            return keras.layers.TimeDistributed(self.layer(layer.layer), name=layer.name, dtype=layer.dtype_policy)
-        return super().make(layer)
+        parts = _PARTS.get(type(layer))
+        if parts is None:
+            return super().make(layer)
+        config = layer.get_config()
+        return type(layer)(**{**config, **{name: self._new(part) for name, part in parts(layer).items()}})
+
+    def _new(self, part):
+        return [self.layer(each) for each in part] if isinstance(part, list) else self.layer(part)
 
     def make_input(self, tensor):
         """Inputs of a nested model are as wide as what enters there."""
@@ -110,14 +138,17 @@ class _Shrinker(Rebuilder):
 # Weights.
 
 
-def _copy_weights(pairs, graph: ChannelGraph, kept: np.ndarray) -> None:
+def _copy_weights(pairs, graph: ChannelGraph, kept: np.ndarray, shifts: list[compensation.Shift]) -> None:
     values = {id(old): _sliced(old, np.asarray(read(old)), graph, kept) for old, _ in pairs}
-    for fold in graph.folds:
-        constants = np.where(kept[fold.ids], 0.0, fold.constants)
-        if constants.any() and id(fold.bias) in values:
-            kernel = np.moveaxis(graph.value(fold.kernel), (fold.in_axis, fold.out_axis), (-2, -1))
-            shift = np.einsum("kio,i->o", kernel.reshape(-1, *kernel.shape[-2:]), constants)
-            values[id(fold.bias)] = values[id(fold.bias)] + _sliced(fold.bias, shift, graph, kept)
+    for bias, shift in [*_folded(graph, kept), *shifts]:
+        if id(bias) in values:
+            if len(bias.shape) > 1:  # a GRU's: the first row is added to what the input contributes
+                shift = np.stack([shift, np.zeros_like(shift)])
+            values[id(bias)] = values[id(bias)] + _sliced(bias, shift, graph, kept)
+    for old, _ in pairs:
+        if id(old) in graph.rescaled:
+            ids, factor = graph.rescaled[id(old)]
+            values[id(old)] = values[id(old)] * factor(kept[ids])
     for old, new in pairs:
         if values[id(old)].shape != tuple(new.shape):
             raise RuntimeError(
@@ -125,6 +156,15 @@ def _copy_weights(pairs, graph: ChannelGraph, kept: np.ndarray) -> None:
                 "channel rule of its layer does not say which entry of its config depends on the neurons."
             )
         new.assign(values[id(old)].astype(old.dtype))
+
+
+def _folded(graph: ChannelGraph, kept: np.ndarray) -> Iterator[compensation.Shift]:
+    """What the constants add up to that are removed."""
+    for fold in graph.folds:
+        constants = np.where(kept[fold.ids], 0.0, fold.constants)
+        if constants.any():
+            kernel = np.moveaxis(graph.value(fold.kernel), (fold.in_axis, fold.out_axis), (-2, -1))
+            yield fold.bias, np.einsum("kio,i->o", kernel.reshape(-1, *kernel.shape[-2:]), constants)
 
 
 def _sliced(variable, values: np.ndarray, graph: ChannelGraph, kept: np.ndarray) -> np.ndarray:

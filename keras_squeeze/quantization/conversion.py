@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_squeeze.criteria import batches
+from keras_squeeze.criteria import batches, inputs_only
 from keras_squeeze.graphs import Rebuilder, compile_like, copy_layer, functional_of, nodes_of, require_graph
 from keras_squeeze.quantization import placement as placing
 from keras_squeeze.quantization import quantizers
@@ -214,12 +214,6 @@ def calibrate(model: keras.Model, data, *, num_batches: int | None = None) -> No
     finally:
         for layer in layers:
             layer.observing = False
-
-
-def inputs_only(model, data):
-    """Data as `batches` takes it, where a user passed the inputs of a model alone: a dict, or a list for several."""
-    several = isinstance(data, list) and len(data) == len(model.inputs) > 1
-    return (data,) if isinstance(data, dict) or several else data
 
 
 Units = dict[int, tuple[keras.Layer, Quantizer]]
