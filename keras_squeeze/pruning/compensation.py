@@ -112,7 +112,7 @@ def _valid(model: keras.Model) -> list[tuple[Any, np.ndarray, np.ndarray]]:
 def _checksum(model: keras.Model) -> int:
     result = 0
     for weight in model.weights:
-        result = zlib.crc32(np.ascontiguousarray(read(weight)), result)
+        result = zlib.crc32(np.ascontiguousarray(read(weight)).tobytes(), result)
     return result
 
 

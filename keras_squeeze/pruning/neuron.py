@@ -374,9 +374,8 @@ def _measured_change(model: keras.Model, data) -> str:
         data, source = (arrays[0] if len(arrays) == 1 else arrays), "random inputs"
     x, _, _ = next(batches(inputs_only(model, data), 1, _EXAMPLES))
     small = shrink(model, allow_inexact=True)
-    before, after = (keras.tree.flatten(each(x, training=False)) for each in (model, small))
-    pairs = [(read(one), read(other)) for one, other in zip(before, after, strict=True)]
-    change = max(np.abs(one - other).max() / np.abs(one).max() for one, other in pairs)
+    before, after = (map(np.asarray, keras.tree.flatten(each(x, training=False))) for each in (model, small))
+    change = max(np.abs(one - other).max() / np.abs(one).max() for one, other in zip(before, after, strict=True))
     return f"predictions then change by up to {change:.2g} of the largest, on {source}"
 
 

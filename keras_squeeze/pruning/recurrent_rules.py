@@ -120,19 +120,18 @@ def _through(layer, sequence: Channels, states, graph: ChannelGraph, shapes: Seq
     """The channels of a layer's outputs: of the sequence or its last step, then of the states."""
     cells = _cells_of(layer)
     stacked = len(cells) > 1
-    path, x, watched = graph.path, sequence, layer
-    for cell in cells:
+    path, x = graph.path, sequence
+    for place, cell in enumerate(cells):
         if cell is not getattr(layer, "cell", None) or not hasattr(layer, "units"):
             graph.path = f"{path}/{cell.name}"
         own = [] if states is None or stacked else _as_list(states)
-        x = _cell(cell, watched, x, own, graph)
+        x = _cell(cell, cell if place else layer, x, own, graph)
         owner = layer if hasattr(layer, "units") else cell
         graph.option(owner, "units", x.ids)
         if layer.stateful:
             graph.freeze(x, f"{path} is stateful")
         if stacked and (states is not None or layer.return_state):
             graph.freeze(x, f"{path} hands on the states of several cells")
-        watched = cell  # which the next one's inputs come from, inside of the layer
     graph.path = path
     if stacked:
         return [Channels(shapes[0], len(shapes[0]) - 1, x.ids, x.constants)] + [

@@ -386,6 +386,21 @@ def binary_operation(operation, inputs, graph):
     return x.with_constants(_where_zero(zero)(function, pair if place else pair[::-1]))
 
 
+@_rule_for("Sum", "Any", module=operations)
+def reduction(operation, inputs, graph):
+    """Zeros change no sum, and no answer to whether anything is true: so is a mask made by `Masking`."""
+    (x,) = inputs
+    rank, axes = len(x.shape), operation.axis
+    axes = range(rank) if axes is None else [axis % rank for axis in np.atleast_1d(axes)]
+    if 0 in axes:
+        return mixed(operation, inputs, graph)
+    if x.axis in axes:
+        graph.require_constant(x, True, f"{graph.path} adds it up, and it is not zero")
+        return graph.opaque(graph.shapes[0], f"computed by {graph.path}, over channels")
+    place = x.axis if operation.keepdims else x.axis - sum(axis < x.axis for axis in axes)
+    return Channels(graph.shapes[0], place, x.ids, np.where(x.constants == 0, 0.0, np.nan))
+
+
 @_rule_for("TrueDivide", "Divide", module=operations)
 def division(operation, inputs, graph):
     args, kwargs = graph.arguments
