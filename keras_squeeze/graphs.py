@@ -160,7 +160,11 @@ def copy_layer(layer, options=None):
     functions = {name: getattr(layer, name, None) for name in config}
     config.update((name, value) for name, value in functions.items() if isinstance(value, types.FunctionType))
     config.update((name, value) for name, value in (options or {}).items() if name in config)
-    return type(layer).from_config(config)
+    try:
+        return type(layer).from_config(dict(config))
+    except TypeError:  # a config that says more than the layer's own constructor takes
+        known = {*inspect.signature(type(layer).__init__).parameters, "name", "trainable", "dtype"}
+        return type(layer)(**{name: value for name, value in config.items() if name in known})
 
 
 def compile_like(model, new, optimizer=None) -> bool:
@@ -181,13 +185,11 @@ def compile_like(model, new, optimizer=None) -> bool:
 
 def _construct(model_class, inputs, outputs, model):
     """A subclass of `keras.Model` with a training step of its own stays one, if it is made like a `Model`."""
-    parameters = inspect.signature(model_class.__init__).parameters
-    takes_tensors = {"inputs", "outputs"} <= parameters.keys() or any(
-        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
-    )
-    if not takes_tensors:
-        model_class = keras.Model
-    return _frozen_like(model, model_class(inputs=inputs, outputs=outputs, name=model.name))
+    try:
+        new = model_class(inputs=inputs, outputs=outputs, name=model.name)
+    except TypeError:  # a backbone that is made from numbers of layers and the like
+        new = keras.Model(inputs=inputs, outputs=outputs, name=model.name)
+    return _frozen_like(model, new)
 
 
 def _frozen_like(model, new):

@@ -110,6 +110,7 @@ class ChannelGraph:
         inexact: Whether layers may be cut whose statistics change with the number of their channels.
         assumed: Boolean per id: neurons taken to be masked. None: the weights are as they are.
         inexact_layers: Paths of the layers that made use of `inexact`.
+        opaque_layers: `{path: reason}` of layers with weights of which nothing is known.
         droppable: Per call (by identity of its node), the inputs of a sum that are zero throughout.
         node, path, shapes, arguments: Of the call that the rule is for: its node in the graph, where its layer stands,
             the shapes of its outputs, and its `(args, kwargs)`.
@@ -127,6 +128,7 @@ class ChannelGraph:
     folds: list[Fold] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     inexact_layers: list[str] = field(default_factory=list)
+    opaque_layers: dict[str, str] = field(default_factory=dict)
     droppable: dict[int, list[int]] = field(default_factory=dict)
     node: Any = None
     path: str = ""

@@ -55,7 +55,7 @@ def _call(layer, inputs: Sequence[Channels], shapes: list, graph: ChannelGraph) 
     graph.calls += 1
     reason = _special(layer, graph)
     if reason:
-        return _opaque(inputs, graph, reason)
+        return _opaque(layer, inputs, graph, reason)
     inner = functional_of(layer)
     if inner is not None:
         entering = [graph.enter(tensor, channels) for tensor, channels in zip(inner.inputs, inputs, strict=True)]
@@ -64,7 +64,7 @@ def _call(layer, inputs: Sequence[Channels], shapes: list, graph: ChannelGraph) 
         return _over_time(layer, inputs, shapes, graph)
     rule = find_rule(layer)
     if rule is None:
-        return _opaque(inputs, graph, f"{type(layer).__name__} has no channel rule")
+        return _opaque(layer, inputs, graph, f"{type(layer).__name__} has no channel rule")
     outputs = rule(layer, list(inputs), graph)
     outputs = [outputs] if isinstance(outputs, Channels) else outputs
     if not (isinstance(outputs, (list, tuple)) and len(outputs) == len(shapes)):
@@ -86,7 +86,9 @@ def _special(layer, graph: ChannelGraph) -> str | None:
     return None
 
 
-def _opaque(inputs, graph: ChannelGraph, reason: str) -> list[Channels]:
+def _opaque(layer, inputs, graph: ChannelGraph, reason: str) -> list[Channels]:
+    if getattr(layer, "weights", None):
+        graph.opaque_layers[graph.path] = reason
     for channels in inputs:
         graph.freeze(channels, f"read by {graph.path}: {reason}")
     return [graph.opaque(shape, f"computed by {graph.path}: {reason}") for shape in graph.shapes]

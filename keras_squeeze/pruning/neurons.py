@@ -145,7 +145,7 @@ class Neurons:
             for neuron in self.classes[source.ids].tolist():
                 if neuron in reasons:
                     found.setdefault((source.path, reasons[neuron]))
-        return list(found)
+        return [*found, *self.graph.opaque_layers.items()]
 
 
 class Savings:

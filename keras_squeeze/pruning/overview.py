@@ -34,10 +34,13 @@ class NeuronOverview:
     Attributes:
         name: The model's name.
         layers: A `LayerNeurons` for each layer that computes neurons, in the model's order.
+        opaque: `{path: reason}` of layers with weights in which no neurons are known; `register_channel_rule` teaches
+            them.
     """
 
     name: str
     layers: list[LayerNeurons]
+    opaque: dict[str, str] = field(default_factory=dict)
 
     @property
     def neurons(self) -> int:
@@ -51,12 +54,9 @@ class NeuronOverview:
 
     def to_dict(self) -> dict:
         """The overview as dicts, lists, strings and numbers."""
-        return {
-            "name": self.name,
-            "neurons": self.neurons,
-            "free": self.free,
-            "layers": [asdict(x) for x in self.layers],
-        }
+        layers = [asdict(layer) for layer in self.layers]
+        totals = {"neurons": self.neurons, "free": self.free}
+        return {"name": self.name, **totals, "layers": layers, "opaque": dict(self.opaque)}
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -67,6 +67,8 @@ class NeuronOverview:
         for layer in self.layers:
             why = "; ".join(f"{count:,}: {reason}" for reason, count in layer.kept.items())
             yield f"  {layer.path:<{width}}  {layer.free:>6,} of {layer.neurons:>6,}  {why}".rstrip()
+        for path, reason in self.opaque.items():
+            yield f"  {path}: not known: {reason}"
 
 
 def prunable_neurons(model: keras.Model, layers: Layers = None, *, allow_inexact: bool = False) -> NeuronOverview:
@@ -93,4 +95,4 @@ def prunable_neurons(model: keras.Model, layers: Layers = None, *, allow_inexact
         kept = collections.Counter(neurons.reasons[neuron] for neuron in own if neuron in neurons.reasons)
         free = len(own) - sum(kept.values())
         found.setdefault(source.path, LayerNeurons(source.path, len(own), free, dict(kept.most_common())))
-    return NeuronOverview(model.name, list(found.values()))
+    return NeuronOverview(model.name, list(found.values()), dict(neurons.graph.opaque_layers))
