@@ -21,10 +21,11 @@ class Case:
     network: str
     fraction: float
     limit: float
+    neurons: str = "neurons"
 
     @property
     def name(self) -> str:
-        return f"{self.network}, {self.fraction:.0%} of the neurons gone"
+        return f"{self.network}, {self.fraction:.0%} of the {self.neurons} gone"
 
 
 CASES = (
@@ -32,6 +33,8 @@ CASES = (
     Case("four convolutions, 64x64", 0.5, 0.35),
     Case("MobileNetV2, 224x224", 0.05, 1.0),
     Case("four convolutions, 64x64", 0.05, 1.0),
+    Case("LSTM, 256 units, 64 steps", 0.5, 1.0, "units"),
+    Case("transformer encoder, 4 blocks of 8 heads, 64 steps", 0.5, 1.0, "heads"),
 )
 
 
@@ -42,9 +45,43 @@ def _build(network: str):
     if network.startswith("MobileNetV2"):
         return keras.applications.MobileNetV2(weights=None)
     layers = keras.layers
+    if network.startswith("LSTM"):
+        return keras.Sequential([keras.Input((64, 128)), layers.LSTM(256, name="units"), layers.Dense(10)])
+    if network.startswith("transformer"):
+        return _encoder(keras)
     blocks = [layers.Conv2D(filters, 3, padding="same", activation="relu") for filters in (64, 64, 128, 128)]
     head = [layers.GlobalAveragePooling2D(), layers.Dense(10)]
     return keras.Sequential([keras.Input((64, 64, 3)), *blocks, *head])
+
+
+def _encoder(keras):
+    layers = keras.layers
+    x = inputs = keras.Input((64, 128))
+    for _ in range(4):
+        x = layers.LayerNormalization()(layers.Add()([x, layers.MultiHeadAttention(8, 16)(x, x)]))
+        hidden = layers.Dense(128)(layers.Dense(256, activation="relu")(x))
+        x = layers.LayerNormalization()(layers.Add()([x, hidden]))
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling1D()(x)))
+
+
+def _prune(case: Case, model) -> None:
+    """Heads alone, where they are what goes: `prune_neurons` would choose among widths of keys and values as well."""
+    import keras
+    import numpy as np
+
+    import keras_squeeze as ks
+
+    if case.neurons != "heads":
+        layers = "units" if case.neurons == "units" else None
+        ks.prune_neurons(model, case.fraction, layers=layers, allocation="uniform", round_to=8)
+        return
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.MultiHeadAttention):
+            gone = range(round(layer.num_heads * case.fraction))
+            for dense in (layer.query_dense, layer.key_dense, layer.value_dense):
+                kernel, bias = (np.array(weight) for weight in dense.get_weights())
+                kernel[:, gone], bias[gone] = 0, 0
+                dense.set_weights([kernel, bias])
 
 
 def time_in_turn(case: Case, runs: int) -> tuple[list[float], list[float], float]:
@@ -55,7 +92,7 @@ def time_in_turn(case: Case, runs: int) -> tuple[list[float], list[float], float
     parent = _build(case.network)
     whole = ks.summarize(parent).total.macs
     parent_run = prepare(parent)
-    ks.prune_neurons(parent, case.fraction, allocation="uniform", round_to=8)
+    _prune(case, parent)
     small = ks.shrink(parent)
     both = parent_run, prepare(small)
     times: tuple[list[float], list[float]] = ([], [])
