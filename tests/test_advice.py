@@ -371,7 +371,7 @@ def test_what_was_not_measured_has_no_ratio(figures, make, what, weights):
     assert f"faster was not measured for {what}" in sentence(findings, MARKS["scattered_zeros"])
     before = ks.advise(make())
     assert f"whether faster was not measured for {what}" in sentence(before, MARKS["prospects"])
-    assert "smaller and faster" not in " ".join(before) or make is attentive
+    assert ("smaller and faster" in " ".join(before)) == (make is not subclassed)  # without some of its neurons
 
 
 def test_subclassed_models_are_wrapped_by_hand(figures):
