@@ -162,7 +162,7 @@ def copy_layer(layer, options=None):
     config.update((name, value) for name, value in (options or {}).items() if name in config)
     try:
         return type(layer).from_config(dict(config))
-    except TypeError:  # a config that says more than the layer's own constructor takes
+    except (TypeError, ValueError):  # a config that says more than the layer's own constructor takes
         known = {*inspect.signature(type(layer).__init__).parameters, "name", "trainable", "dtype"}
         return type(layer)(**{name: value for name, value in config.items() if name in known})
 

@@ -65,6 +65,15 @@ def test_report(files, capsys):
     assert run_json(capsys, "report", files / "model.keras") == json.loads(report.to_json())
 
 
+def test_report_of_neurons(files, capsys):
+    overview = ks.prunable_neurons(keras.models.load_model(files / "model.keras", compile=False))
+    code, out, _ = run(capsys, "report", files / "model.keras", "--neurons")
+    assert code == 0
+    assert out.strip() == str(overview).strip()
+    assert f"{overview.free:,} of {overview.neurons:,} neurons can be removed" in out
+    assert run_json(capsys, "report", files / "model.keras", "--neurons") == overview.to_dict()
+
+
 def test_shrink(files, capsys, digits):
     code, out, _ = run(capsys, "shrink", files / "model.keras", files / "small.keras")
     assert code == 0

@@ -322,6 +322,36 @@ def test_a_subclass_with_its_own_training_step_stays_one():
     assert type(ks.shrink(_pruned(model))) is Mine
 
 
+def test_a_subclass_that_is_made_from_numbers_becomes_a_model():
+    class Backbone(keras.Model):
+        def __init__(self, width, **kwargs):
+            inputs = keras.Input((4,))
+            super().__init__(inputs, layers.Dense(2)(layers.Dense(width, "relu")(inputs)), **kwargs)
+
+    model = _pruned(Backbone(8))
+    small = ks.shrink(model)
+    assert type(small) is keras.Model or type(small).__name__ == "Functional"
+    assert_same(model, small, random_inputs(model))
+
+
+class Wordy(layers.Dense):
+    """Its config says more than its constructor takes."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(units, **kwargs)
+
+    def get_config(self):
+        return {**super().get_config(), "doubled": 2 * self.units}
+
+
+def test_a_layer_whose_config_says_too_much_is_made_again():
+    inputs = keras.Input((4,))
+    model = _pruned(keras.Model(inputs, layers.Dense(2)(Wordy(8, activation="relu", name="wordy")(inputs))))
+    small = ks.shrink(model)
+    assert small.get_layer("wordy").units == 4
+    assert_same(model, small, random_inputs(model))
+
+
 # Rules of users.
 
 

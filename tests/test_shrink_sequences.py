@@ -289,6 +289,14 @@ def test_the_overview_counts_what_goes(name):
     assert f"{overview.free:,} of {overview.neurons:,} neurons can be removed" in str(overview)
 
 
+def test_the_overview_names_what_is_not_known():
+    inputs = keras.Input((6, 6, 2))
+    x = layers.ConvLSTM1D(4, 3, name="unknown")(layers.Reshape((6, 6, 2))(inputs))
+    overview = ks.prunable_neurons(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x))))
+    assert overview.opaque == {"unknown": "ConvLSTM1D has no channel rule"}
+    assert "unknown: not known: ConvLSTM1D has no channel rule" in str(overview)
+
+
 def test_the_overview_names_what_keeps_neurons():
     overview = ks.prunable_neurons(NETWORKS["transformer"]())
     embedded = next(layer for layer in overview.layers if layer.path == "embedded")
