@@ -163,8 +163,9 @@ def copy_layer(layer, options=None):
     try:
         return type(layer).from_config(dict(config))
     except (TypeError, ValueError):  # a config that says more than the layer's own constructor takes
-        known = {*inspect.signature(type(layer).__init__).parameters, "name", "trainable", "dtype"}
-        return type(layer)(**{name: value for name, value in config.items() if name in known})
+        constructors = [vars(base)["__init__"] for base in type(layer).__mro__[:-1] if "__init__" in vars(base)]
+        known = {"name", "trainable", "dtype"}.union(*(inspect.signature(each).parameters for each in constructors))
+        return type(layer).from_config({name: value for name, value in config.items() if name in known})
 
 
 def compile_like(model, new, optimizer=None) -> bool:
