@@ -269,6 +269,8 @@ def batches(data, num_batches: int | None, batch_size: int = 32) -> Iterator[tup
         data = (data,)
     if isinstance(data, str):
         raise TypeError(f"`data` must be arrays (x, y) or a dataset of batches. Received: {data!r}")
+    if isinstance(data, (tuple, list)) and not data:
+        raise ValueError(f"`data` is empty: pass at least one batch. Received: {data!r}")
     if isinstance(data, (tuple, list)):
         sizes = {len(array) for array in keras.tree.flatten(tuple(data)) if array is not None}
         if len(sizes) > 1:

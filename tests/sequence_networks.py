@@ -68,6 +68,48 @@ def stacked_cells():
     return _named(inputs, layers.Dense(3)(x), "stacked_cells")
 
 
+def stacked_states():
+    """A stack hands its states on, those of each cell to the same cell of another one."""
+    inputs = _inputs()
+    cells = [[layers.LSTMCell(8), layers.GRUCell(12)] for _ in range(2)]
+    x, *states = layers.RNN(cells[0], return_sequences=True, return_state=True, name="first")(inputs)
+    x = layers.RNN(cells[1], name="second")(x, initial_state=states)
+    return _named(inputs, layers.Dense(3)(x), "stacked_states")
+
+
+def masked_decoder():
+    """`Concatenate` puts masks together, over the channels."""
+    words = keras.Input((STEPS,), dtype="int32", name="words")
+    x = layers.Embedding(WORDS, 16, mask_zero=True)(words)
+    lstm = layers.LSTM(8, return_sequences=True, name="lstm")(x)
+    gru = layers.GRU(8, return_sequences=True, name="gru")(x)
+    context = layers.Attention()([lstm, gru])
+    x = layers.Concatenate()([lstm, context, x])
+    return _named(words, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)), "masked_decoder")
+
+
+def largest_over_time():
+    inputs = _inputs()
+    x = layers.LSTM(8, return_sequences=True, name="lstm")(inputs)
+    x = layers.LayerNormalization(axis=1, center=False)(x)
+    x = keras.ops.concatenate([keras.ops.max(x, axis=1), keras.ops.mean(x, axis=1)], axis=-1)
+    return _named(inputs, layers.Dense(3)(x), "largest_over_time")
+
+
+def grouped_query_from_two():
+    inputs = _inputs()
+    query, value = layers.Dense(8, name="query")(inputs), layers.Dense(8, activation="relu", name="value")(inputs)
+    x = layers.GroupQueryAttention(4, 6, 2, name="attention")(query, value)
+    return _named(inputs, layers.Dense(3)(x), "grouped_query_from_two")
+
+
+def concatenated_scores():
+    inputs = _inputs()
+    x = layers.Dense(8, activation="relu", name="before")(inputs)
+    x = layers.Attention(score_mode="concat", use_scale=True)([layers.Dense(8)(x), x])
+    return _named(inputs, layers.Dense(3)(x), "concatenated_scores")
+
+
 def encoder_decoder():
     """States go from one to the other, and the decoder attends to the encoder."""
     source, target = _inputs(), keras.Input((4, FEATURES), name="target")
@@ -177,6 +219,11 @@ NETWORKS = {
     "Bidirectional, two kinds": two_kinds_of_direction,
     "Bidirectional, states": bidirectional_states,
     "cells": stacked_cells,
+    "cells, states": stacked_states,
+    "masks put together": masked_decoder,
+    "largest over time": largest_over_time,
+    "grouped queries, from two": grouped_query_from_two,
+    "concatenated scores": concatenated_scores,
     "encoder and decoder": encoder_decoder,
     "additive attention": additive_attention,
     "TimeDistributed LSTM": time_distributed_lstm,

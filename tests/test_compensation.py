@@ -65,7 +65,8 @@ def test_what_was_trained_since_is_left_alone():
     ks.prune_neurons(model, 0.5, round_to=1)
     logits = model.get_layer("logits")
     logits.bias.assign(np.asarray(logits.bias) + 0.1)
-    small = ks.shrink(model, compensate=x)
+    with pytest.warns(UserWarning, match="nothing to compensate"):
+        small = ks.shrink(model, compensate=x)
     np.testing.assert_array_equal(small.get_layer("logits").bias, logits.bias)
 
 
@@ -148,8 +149,11 @@ def test_bad_data():
     model = two_layers()
     ks.prune_neurons(model, 0.5, round_to=1)
     before = model.get_weights()
-    with pytest.raises(ValueError, match=r"`data` is empty"):
-        ks.shrink(model, compensate=examples(0, 6))
+    for nothing in (examples(0, 6), []):
+        with pytest.raises(ValueError, match=r"`data` is empty"):
+            ks.shrink(model, compensate=nothing)
+    with pytest.raises(ValueError, match="not finite"):
+        ks.shrink(model, compensate=np.full((4, 6), np.nan, "float32"))
     with pytest.raises(TypeError, match="an iterator or generator is empty"):
         ks.shrink(model, compensate=iter([examples(4, 6)]))
     with pytest.raises(ValueError, match="incompatible"):

@@ -108,7 +108,7 @@ def test_tuners_of_keras_tuner(model, data, tmp_path, kind):
 def test_hyperband_trains_the_parents_model_on(model, data, tmp_path):
     hyper = ks.CompressionHyperModel(model, ks.CompressionSpace(neurons=(0.2, 0.5), sparsity=0, bits=(8, 4)))
     tuner = keras_tuner.Hyperband(
-        hyper, objective=hyper.objective(), max_epochs=4, factor=2, directory=tmp_path, project_name="h", seed=1
+        hyper, objective=hyper.objective(), max_epochs=3, factor=3, directory=tmp_path, project_name="h", seed=1
     )
     epochs = []
     watch = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))

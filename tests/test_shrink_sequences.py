@@ -128,6 +128,9 @@ def test_units_stay_that_do_not_stay_zero(activation, units):
         (lambda x: layers.LSTM(8, stateful=True, name="lstm")(x), "lstm is stateful"),
         (lambda x: layers.GRU(8, activation="softmax", name="gru")(x), "gru (GRU) mixes"),
         (lambda x: layers.RNN(_Cell(8), name="own")(x), "own (RNN) mixes"),
+        (lambda x: layers.RNN([layers.GRUCell(4), _BareCell(8)], name="own")(x), "own (RNN) mixes"),
+        (lambda x: _OwnLoop(8, name="own")(x), "_OwnLoop has no channel rule"),
+        (lambda x: _OwnScores(2, 4, name="own")(x, x), "_OwnScores has no channel rule"),
         (lambda x: layers.LSTM(8, name="lstm")(x, initial_state=[np.ones((2, 8)), np.ones((2, 8))]), "a given state"),
     ],
 )
@@ -141,6 +144,32 @@ def test_what_is_not_understood_stays(make, words):
     small = ks.shrink(model)
     x = np.random.default_rng(0).normal(size=(2, STEPS, FEATURES)).astype("float32")
     np.testing.assert_allclose(small(x), model(x), atol=1e-5)
+
+
+class _OwnLoop(layers.LSTM):
+    def inner_loop(self, *args, **kwargs):
+        return keras.tree.map_structure(lambda tensor: tensor + 1.0, super().inner_loop(*args, **kwargs))
+
+
+class _OwnScores(layers.MultiHeadAttention):
+    def _compute_attention(self, *args, **kwargs):
+        output, scores = super()._compute_attention(*args, **kwargs)
+        return keras.ops.flip(output + 1.0, -1), scores
+
+
+class _BareCell(layers.Layer):
+    """All that `RNN` asks for, and no more."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = self.state_size = units
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], self.units), name="kernel")
+
+    def call(self, inputs, states):
+        output = inputs @ self.kernel + states[0]
+        return output, [output]
 
 
 class _Cell(layers.LSTMCell):
@@ -270,6 +299,39 @@ def test_inexact_is_measured_and_then_so():
     assert f"up to {np.abs(before - after).max() / np.abs(before).max():.2g} of the largest, on data" in note
 
 
+def test_inexact_without_data_for_any_length():
+    inputs = keras.Input((None, FEATURES), name="x")
+    x = layers.LayerNormalization(name="norm")(layers.Dense(8, name="before")(inputs))
+    model = keras.Model({"x": inputs}, layers.Dense(3)(layers.GRU(8)(layers.Conv1D(8, 3)(x))))
+    report = pruned(model, allow_inexact=True)
+    (note,) = (note for note in report.notes if note.startswith("inexact"))
+    assert "of the largest, on random inputs" in note
+    small = ks.shrink(model, allow_inexact=True)
+    assert f"shrink(model, allow_inexact=True) will leave {small.count_params():,} of" in " ".join(report.notes)
+
+
+# What is promised.
+
+
+@pytest.mark.parametrize("name", ["transformer", "cross attention", "grouped queries", "grouped queries, one key head"])
+def test_the_macs_that_are_promised_are_left(name):
+    """Scores and weighted sums, which have no kernel, shrink with heads and widths."""
+    model = NETWORKS[name]()
+    before = ks.summarize(model).total.macs
+    report = pruned(model)
+    after = ks.summarize(ks.shrink(model)).total.macs
+    assert after < 0.6 * before
+    assert f"{after:,} of {before:,} MACs" in " ".join(report.notes)
+
+
+def test_a_budget_of_macs_is_met():
+    model = NETWORKS["grouped queries"]()
+    before = ks.summarize(model).total.macs
+    randomize(model, 5)
+    ks.prune_neurons(model, target_macs=0.5, round_to=1)
+    assert 0.4 * before < ks.summarize(ks.shrink(model)).total.macs <= 0.5 * before
+
+
 # What could go.
 
 
@@ -295,6 +357,10 @@ def test_the_overview_names_what_is_not_known():
     overview = ks.prunable_neurons(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x))))
     assert overview.opaque == {"unknown": "ConvLSTM1D has no channel rule"}
     assert "unknown: not known: ConvLSTM1D has no channel rule" in str(overview)
+    model = keras.Sequential([keras.Input((6, 2)), layers.LSTM(8, activation="softmax", name="odd"), layers.Dense(3)])
+    assert ks.prunable_neurons(model).opaque == {"odd": "this LSTM mixes channels"}
+    with pytest.raises(ValueError, match="odd: this LSTM mixes channels"):
+        ks.prune_neurons(model, 0.5)
 
 
 def test_the_overview_names_what_keeps_neurons():

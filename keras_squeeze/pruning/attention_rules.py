@@ -86,6 +86,8 @@ def multi_head_attention(layer, inputs, graph: ChannelGraph):
     _may_go(graph, values, _none(attended, 0), "its values are not zero")
     _may_go(graph, keys, _none(scored, 0), "it counts in the scores")
     _scaled_for(query, keys, graph)
+    whole = len(keys) + len(values)
+    graph.count_work(layer, [(len(keys) / whole, (heads, keys)), (len(values) / whole, (heads, values))])
     _observed(output, tensors[0], heads, values, graph)
     for name, ids in (("num_heads", heads), ("key_dim", keys), ("value_dim", values)):
         graph.option(layer, name, ids)
@@ -100,7 +102,7 @@ def group_query_attention(layer, inputs, graph: ChannelGraph):
     """A key head goes with the query heads that share it; where all share one, query heads go one by one."""
     given = arguments_of(layer, inputs, graph)
     tensors = _tensors(given)
-    if not _is_plain(layer, tensors):
+    if not _is_plain(layer, tensors) or len({len(x.ids) for x in tensors}) > 1:
         return mixed(layer, inputs, graph)
     output = layer._output_dense
     shared = layer.num_key_value_heads == 1
@@ -128,6 +130,7 @@ def group_query_attention(layer, inputs, graph: ChannelGraph):
     scored = query.alive(graph) & np.repeat(key.alive(graph), layer.num_repeats, axis=0)
     _may_go(graph, width, _none(scored, 0) & _none(attended, 0), "it counts in the scores or the values")
     _scaled_for(query, width, graph)
+    graph.count_work(layer, [(1.0, (query_heads, width))])
     _observed(output, tensors[0], query_heads, width, graph)
     graph.option(layer, "head_dim", width)
     graph.option(layer, "num_query_heads", query_heads)
@@ -135,7 +138,8 @@ def group_query_attention(layer, inputs, graph: ChannelGraph):
         graph.option(layer, "num_key_value_heads", heads)
     _freeze_masks(given, heads, graph)
     found = _output(layer, query_heads, graph)
-    graph.unite(found.ids, tensors[0].ids)  # the output is as wide as the query
+    for x in tensors:  # Keras wants all of them to be equally wide, and the output like the query
+        graph.unite(found.ids, x.ids)
     return [found, *_scores(heads, graph)]
 
 
@@ -154,7 +158,7 @@ def attention(layer, inputs, graph: ChannelGraph):
     zero = (query.constants == 0) & (key.constants == 0)
     if type(layer) is keras.layers.Attention and layer.score_mode == "dot":
         zero = (query.constants == 0) | (key.constants == 0)
-    elif getattr(layer, "scale", None) is not None and layer.scale.shape:
+    elif getattr(layer, "scale", None) is not None and len(layer.scale.shape):
         graph.follow(layer.scale, 0, query.ids, "parameter")
     _may_go(graph, query.ids, zero, f"it counts in the scores of {graph.path}")
     shape = graph.shapes[0]

@@ -30,7 +30,11 @@ Rule = Callable[[keras.Layer, Sequence[Channels], ChannelGraph], Channels | Sequ
 _RULES: dict[type, Rule] = {}
 _OF_KERAS = (RECURRENT_RULES, ATTENTION_RULES, SHAPE_RULES)
 
-_COMPUTES = {"call", "__call__", "build", "convolution_op", "kernel", "activation"}
+_COMPUTES = {
+    *("call", "__call__", "build", "convolution_op", "kernel", "activation"),
+    *("inner_loop", "get_initial_state", "cell"),
+    *("_compute_attention", "_compute_attention_mask", "_calculate_scores", "_apply_scores"),
+}
 """A class that defines one of these may compute something else than the class that it derives from."""
 
 
@@ -222,6 +226,10 @@ def batch_normalization(layer, inputs, graph):
 def layer_normalization(layer, inputs, graph):
     """The mean over the channels is another one without a channel, even one that is zero."""
     (x,) = inputs
+    axes = [axis % len(x.shape) for axis in np.atleast_1d(layer.axis)]
+    if 0 not in axes and x.axis not in axes:  # every channel on its own; what is constant becomes zero, and then beta
+        shifted = layer.beta is not None and np.any(graph.value(layer.beta) != 0)
+        return x.unknown() if shifted else x.with_constants(np.where(np.isnan(x.constants), np.nan, 0.0))
     if not _is_over_channels(layer, x):
         return mixed(layer, inputs, graph)
     if not graph.inexact:

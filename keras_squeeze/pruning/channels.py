@@ -29,15 +29,18 @@ class Channels:
         ids: int64 array, the neuron of each channel along that axis.
         constants: float64 array, the value of each channel wherever it is the same at every position of every
             example, else NaN.
+        copies: Whether the channels hold one and the same thing, as a mask does that was spread over them: then it is
+            still there when some of them go. Of what was concatenated, each part on its own.
     """
 
     shape: tuple[int | None, ...]
     axis: int
     ids: np.ndarray
     constants: np.ndarray
+    copies: bool = False
 
     def with_constants(self, constants) -> "Channels":
-        return replace(self, constants=np.asarray(constants, "float64"))
+        return replace(self, constants=np.asarray(constants, "float64"), copies=False)
 
     def unknown(self) -> "Channels":
         """The same neurons, none of them constant."""
@@ -106,6 +109,8 @@ class ChannelGraph:
         folds, reads: Where constants move into a bias exactly, and where what is removed could be made up for in one.
         rescaled: Per weight (by identity), a factor that it takes where neurons go: the neurons, and a function from a
             boolean array (True: kept) to it.
+        work: Per layer (by identity), how its products without a kernel depend on neurons: fractions of them, each with
+            the neurons that they grow with.
         calls: How many calls of layers there were.
         inexact: Whether layers may be cut whose statistics change with the number of their channels.
         assumed: Boolean per id: neurons taken to be masked. None: the weights are as they are.
@@ -124,6 +129,7 @@ class ChannelGraph:
     inputs: dict[int, Channels] = field(default_factory=dict)
     consumers: list[tuple[Any, Channels, int]] = field(default_factory=list)
     rescaled: dict[int, tuple[np.ndarray, Callable[[np.ndarray], float]]] = field(default_factory=dict)
+    work: dict[int, list[tuple[float, tuple[np.ndarray, ...]]]] = field(default_factory=dict)
     calls: int = 0
     folds: list[Fold] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
@@ -184,6 +190,10 @@ class ChannelGraph:
     def rescale(self, weight, ids: np.ndarray, factor: Callable[[np.ndarray], float]) -> None:
         """A weight is multiplied by a factor that depends on which of these neurons are kept."""
         self.rescaled[id(weight)] = ids, factor
+
+    def count_work(self, layer, parts: list[tuple[float, tuple[np.ndarray, ...]]]) -> None:
+        """What a layer multiplies without a kernel, such as queries by keys: see `work`."""
+        self.work[id(layer)] = parts
 
     def require_constant(self, channels: Channels, zero: bool, reason: str) -> None:
         """Only channels that are constant (and zero, if asked) may go from here; the others stay for `reason`."""

@@ -76,6 +76,8 @@ def shifts(model: keras.Model, graph: ChannelGraph, kept: np.ndarray, data) -> l
 
     with _unmasked(masked):
         observe(model, graph, inputs_only(model, data), None, see)
+    if not all(np.isfinite(total).all() for total in sums.values()):
+        raise ValueError("`compensate` gives activations that are not finite: look for NaN or infinity in the data.")
     found: dict[int, list[Shift]] = {}
     for each in graph.reads:
         place, channels = id(each.channels), each.channels
@@ -102,6 +104,17 @@ def recalibrate(model: keras.Model, data) -> None:
             for layer in layers:
                 layer.momentum = number / (number + 1)
             model(x, training=False)
+    for layer in layers:
+        if not np.isfinite(read(layer.moving_variance)).all():
+            raise ValueError(
+                f"`compensate` gives {layer.name} statistics that are not finite: look for NaN in the data."
+            )
+
+
+def has_something(model: keras.Model) -> bool:
+    """Whether there is anything to make up for: what was masked is known, or there are statistics."""
+    normalised = any(isinstance(layer, keras.layers.BatchNormalization) for layer in model._flatten_layers())
+    return normalised or bool(_valid(model))
 
 
 def _valid(model: keras.Model) -> list[tuple[Any, np.ndarray, np.ndarray]]:

@@ -8,11 +8,12 @@ import numpy as np
 
 from keras_squeeze import schedules
 from keras_squeeze.criteria import batches, check_reusable, inputs_only
+from keras_squeeze.graphs import require_graph
 from keras_squeeze.pruning import neuron_criteria
 from keras_squeeze.pruning.compensation import remember, seal
 from keras_squeeze.pruning.constraints import MaskConstraint, attach_masks, detach_masks
 from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
-from keras_squeeze.pruning.neurons import Neurons, Savings, widths
+from keras_squeeze.pruning.neurons import NeuronGroup, Neurons, Savings, widths
 from keras_squeeze.pruning.shrinking import shrink
 from keras_squeeze.report import CompressionReport, summarize
 from keras_squeeze.selection import Layers, check_finite, read, select_layers
@@ -69,7 +70,7 @@ class NeuronSelector:
         self._allocation = Allocation(neurons.groups, limits, allocation, neurons.count)
         self._savings = Savings(neurons)
         self._whole = self._left(np.zeros(neurons.count, bool))
-        self.stuck = [(group.name, _stuck_reason(limits)) for group in self._allocation.stuck]
+        self.stuck = [(group.name, _stuck_reason(group, limits)) for group in self._allocation.stuck]
         self._check_reachable()
 
     def select(self, progress: float) -> np.ndarray:
@@ -353,7 +354,8 @@ def _report(neurons: Neurons, pruned: np.ndarray) -> CompressionReport:
     report = summarize(neurons.model)
     savings = Savings(neurons)
     (parameters, macs), (left, macs_left) = savings.left(np.zeros_like(pruned)), savings.left(pruned)
-    note = f"shrink(model) will leave {left:,} of {parameters:,} parameters"
+    call = "shrink(model, allow_inexact=True)" if neurons.graph.inexact_layers else "shrink(model)"
+    note = f"{call} will leave {left:,} of {parameters:,} parameters"
     report.notes.append(f"{note} and {macs_left:,} of {macs:,} MACs" if macs else note)
     report.frozen = list(neurons.frozen)
     report.widths = widths(neurons.groups, pruned)
@@ -366,17 +368,25 @@ def _inexact(neurons: Neurons) -> str:
 
 def _measured_change(model: keras.Model, data) -> str:
     """What leaving statistics to fewer channels does to the predictions."""
-    source = "data"
-    if data is None:
-        rng = np.random.default_rng(0)
-        shapes = [(_EXAMPLES, *(size or 1 for size in tensor.shape[1:])) for tensor in model.inputs]
-        arrays = [rng.normal(size=shape).astype(t.dtype) for shape, t in zip(shapes, model.inputs, strict=True)]
-        data, source = (arrays[0] if len(arrays) == 1 else arrays), "random inputs"
-    x, _, _ = next(batches(inputs_only(model, data), 1, _EXAMPLES))
     small = shrink(model, allow_inexact=True)
-    before, after = (map(np.asarray, keras.tree.flatten(each(x, training=False))) for each in (model, small))
+    try:
+        if data is None:
+            source, x = "random inputs", _random_inputs(model)
+        else:
+            source, (x, _, _) = "data", next(batches(inputs_only(model, data), 1, _EXAMPLES))
+        before, after = (map(np.asarray, keras.tree.flatten(each(x, training=False))) for each in (model, small))
+    except Exception as problem:  # random inputs need not be what the model takes
+        reason = str(problem).strip().splitlines()[0]
+        return f"by how much predictions then change could not be measured ({reason}): pass data=(x, y)"
     change = max(np.abs(one - other).max() / np.abs(one).max() for one, other in zip(before, after, strict=True))
     return f"predictions then change by up to {change:.2g} of the largest, on {source}"
+
+
+def _random_inputs(model: keras.Model):
+    rng = np.random.default_rng(0)
+    shapes = [(_EXAMPLES, *(size or _EXAMPLES for size in tensor.shape[1:])) for tensor in model.inputs]
+    arrays = [rng.normal(size=shape).astype(x.dtype) for shape, x in zip(shapes, model.inputs, strict=True)]
+    return keras.tree.pack_sequence_as(require_graph(model, "")._inputs_struct, arrays)
 
 
 def _warn_of_frozen(model, neurons: Neurons) -> None:
@@ -389,7 +399,9 @@ def _warn_of_frozen(model, neurons: Neurons) -> None:
         )
 
 
-def _stuck_reason(limits: Limits) -> str:
+def _stuck_reason(group: NeuronGroup, limits: Limits) -> str:
+    if len(group.neurons) == 1:
+        return "it has only one that could go, and one stays"
     return (
         f"too narrow for round_to={limits.round_to}, min_neurons={limits.min_neurons} and max_layer_fraction="
         f"{limits.max_layer_fraction}; a smaller `round_to` prunes it"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
+from keras_squeeze.macs import WEIGHTLESS
 from keras_squeeze.pruning.channels import Slices
 from keras_squeeze.pruning.labelling import trace
 from keras_squeeze.selection import Layers, find_layers, read, select_layers
@@ -159,7 +160,7 @@ class Savings:
         self.problem = macs.problem
         by_layer = macs.by_layer or {}
         self._fixed_macs = sum(sum(by_layer.get(id(entry.layer), {}).values()) for entry in layers)
-        self._weights = []
+        self._weights: list[tuple[int, float, list[np.ndarray]]] = []
         macs_of = {
             id(weight.variable): by_layer.get(id(entry.layer), {}).get(weight.name, 0)
             for entry in layers
@@ -170,6 +171,10 @@ class Savings:
             ids = [slices.ids for slices in axes if slices is not None]
             size = int(np.prod(variable.shape))
             self._weights.append((size, macs_of.get(id(variable), 0), ids))
+        for entry in layers:
+            whole = by_layer.get(id(entry.layer), {}).get(WEIGHTLESS, 0)
+            for fraction, neurons_of in graph.work.get(id(entry.layer), []):
+                self._weights.append((0, fraction * whole, list(neurons_of)))
 
     def left(self, pruned: np.ndarray) -> tuple[int, int]:
         """`(parameters, MACs)` without the neurons that are marked."""

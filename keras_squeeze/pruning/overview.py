@@ -74,6 +74,8 @@ class NeuronOverview:
 def prunable_neurons(model: keras.Model, layers: Layers = None, *, allow_inexact: bool = False) -> NeuronOverview:
     """Says for each layer how many neurons `prune_neurons` and `shrink` can remove, and which layer keeps the rest.
 
+    Where all of them are free, one stays nevertheless.
+
     Args:
         model: A built Functional or Sequential model; it is only read.
         layers: Which layers, as in `prune_neurons`.

@@ -56,7 +56,8 @@ def bidirectional(layer, inputs, graph: ChannelGraph):
     given = arguments_of(layer, inputs, graph)
     sequence, states = given["sequences"], given.get("initial_state")
     directions = layer.forward_layer, layer.backward_layer
-    if not all(type(each) in RECURRENT_RULES and _is_understood(each, sequence) for each in directions):
+    understood = all(type(each) in RECURRENT_RULES and _is_understood(each, sequence) for each in directions)
+    if not understood or len({_cells_of(each)[-1].units for each in directions}) > 1:
         return mixed(layer, inputs, graph)
     _freeze_masks(given, graph)
     path, results = graph.path, []
@@ -87,18 +88,16 @@ def _merged(layer, forward: Channels, backward: Channels, graph: ChannelGraph) -
 def _is_understood(layer, sequence) -> bool:
     """Whether a layer runs cells of Keras over the channels, which lie along the last axis."""
     cells = _cells_of(layer)
+    if not all(type(cell) in _CELLS for cell in cells):
+        return False
     functions = [
         function
         for cell in cells
         for function in (cell.activation, getattr(cell, "recurrent_activation", None))
         if function is not None
     ]
-    return (
-        all(type(cell) in _CELLS for cell in cells)
-        and all(map(is_elementwise, functions))
-        and isinstance(sequence, Channels)
-        and sequence.axis == len(sequence.shape) - 1 == 2
-    )
+    fits = isinstance(sequence, Channels) and sequence.axis == len(sequence.shape) - 1 == 2
+    return fits and all(map(is_elementwise, functions))
 
 
 def _cells_of(layer) -> list:
@@ -119,25 +118,35 @@ def _shapes_of(layer, sequence: Channels) -> list[tuple]:
 def _through(layer, sequence: Channels, states, graph: ChannelGraph, shapes: Sequence[tuple]) -> list[Channels]:
     """The channels of a layer's outputs: of the sequence or its last step, then of the states."""
     cells = _cells_of(layer)
-    stacked = len(cells) > 1
-    path, x = graph.path, sequence
+    path, x, found = graph.path, sequence, []
+    given = _by_cell(states, cells)
     for place, cell in enumerate(cells):
         if cell is not getattr(layer, "cell", None) or not hasattr(layer, "units"):
             graph.path = f"{path}/{cell.name}"
-        own = [] if states is None or stacked else _as_list(states)
-        x = _cell(cell, cell if place else layer, x, own, graph)
+        x = _cell(cell, cell if place else layer, x, given[place], graph)
         owner = layer if hasattr(layer, "units") else cell
         graph.option(owner, "units", x.ids)
         if layer.stateful:
             graph.freeze(x, f"{path} is stateful")
-        if stacked and (states is not None or layer.return_state):
-            graph.freeze(x, f"{path} hands on the states of several cells")
+        found += [x] * len(_as_list(cell.state_size))
     graph.path = path
-    if stacked:
-        return [Channels(shapes[0], len(shapes[0]) - 1, x.ids, x.constants)] + [
-            graph.opaque(shape, f"a state of {path}") for shape in shapes[1:]
-        ]
-    return [Channels(tuple(shape), len(shape) - 1, x.ids, x.constants) for shape in shapes]
+    # The sequence or its last step, and the states of all cells where they are asked for.
+    outputs = zip(shapes, [x, *found], strict=False)
+    return [Channels(tuple(shape), len(shape) - 1, y.ids, y.constants) for shape, y in outputs]
+
+
+def _by_cell(states, cells: list) -> list[list]:
+    """The initial states of each cell; of several cells they are given one by one or in a list for each."""
+    if states is None:
+        return [[] for _ in cells]
+    if len(cells) == 1:
+        return [keras.tree.flatten(states)]
+    flat, found = keras.tree.flatten(states), []
+    for cell in cells:
+        count = len(_as_list(cell.state_size))
+        found.append(flat[:count])
+        flat = flat[count:]
+    return found
 
 
 def _cell(cell, watched, x: Channels, states: list, graph: ChannelGraph) -> Channels:

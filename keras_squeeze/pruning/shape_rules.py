@@ -9,6 +9,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -41,6 +42,8 @@ def arguments_of(layer, inputs, graph: ChannelGraph) -> dict[str, Any]:
 
 def mixed(layer, inputs, graph: ChannelGraph) -> list[Channels]:
     """A layer that does not treat these channels one by one: they stay, and what it computes is opaque."""
+    if getattr(layer, "weights", None):
+        graph.opaque_layers.setdefault(graph.path, f"this {type(layer).__name__} mixes channels")
     for channels in inputs:
         graph.freeze(channels, f"{graph.path} ({type(layer).__name__}) mixes these channels")
     return [graph.opaque(shape, f"computed by {graph.path}, which mixes channels") for shape in graph.shapes]
@@ -386,19 +389,49 @@ def binary_operation(operation, inputs, graph):
     return x.with_constants(_where_zero(zero)(function, pair if place else pair[::-1]))
 
 
-@_rule_for("Sum", "Any", module=operations)
+@_rule_for("Sum", "Any", "All", "Max", "Min", "Mean", module=operations)
 def reduction(operation, inputs, graph):
-    """Zeros change no sum, and no answer to whether anything is true: so is a mask made by `Masking`."""
+    """Zeros change no sum, and no answer to whether anything is true: so is a mask made by `Masking`.
+
+    Nor do copies change what is true of all of them, or the largest: so are the masks of a `Concatenate` put together.
+    """
     (x,) = inputs
-    rank, axes = len(x.shape), operation.axis
+    name, rank, axes = type(operation).__name__, len(x.shape), operation.axis
     axes = range(rank) if axes is None else [axis % rank for axis in np.atleast_1d(axes)]
-    if 0 in axes:
+    redundant = x.copies and name not in ("Sum", "Mean")
+    if 0 in axes or (x.axis in axes and not redundant and name not in ("Sum", "Any")):
         return mixed(operation, inputs, graph)
     if x.axis in axes:
-        graph.require_constant(x, True, f"{graph.path} adds it up, and it is not zero")
+        if not redundant:
+            graph.require_constant(x, True, f"{graph.path} adds it up, and it is not zero")
         return graph.opaque(graph.shapes[0], f"computed by {graph.path}, over channels")
     place = x.axis if operation.keepdims else x.axis - sum(axis < x.axis for axis in axes)
-    return Channels(graph.shapes[0], place, x.ids, np.where(x.constants == 0, 0.0, np.nan))
+    constants = x.constants if name in ("Max", "Min") else np.where(x.constants == 0, 0.0, np.nan)
+    return Channels(graph.shapes[0], place, x.ids, constants)
+
+
+@_rule_for("ZerosLike", "OnesLike", module=operations)
+def like(operation, inputs, graph):
+    """As many channels, all the same."""
+    (x,) = inputs
+    value = float(type(operation).__name__ == "OnesLike")
+    return replace(x, constants=np.full(len(x.ids), value), copies=True)
+
+
+@_rule_for("LogicalOr", "LogicalAnd", module=operations)
+def logical(operation, inputs, graph):
+    """Two masks put together; one that is spread over channels makes copies of itself."""
+    shape = graph.shapes[0]
+    copies = [x for x in inputs if x.copies and tuple(x.shape) == shape]
+    others = [x for x in inputs if not any(x is each for each in copies)]
+    if not copies or any(len(x.shape) != len(shape) or x.shape[copies[0].axis] != 1 for x in others):
+        return _joined(operation, inputs, lambda constants: np.full_like(constants[0], np.nan), graph)
+    first = copies[0]
+    for x in copies[1:]:
+        graph.unite(first.ids, x.ids)
+    for x in others:
+        graph.freeze(x, f"{graph.path} spreads it over channels")
+    return replace(first, constants=np.full(len(first.ids), np.nan))
 
 
 @_rule_for("TrueDivide", "Divide", module=operations)
@@ -446,7 +479,8 @@ def concatenate(layer, inputs, graph):
         return mixed(layer, inputs, graph)
     if joined == inputs[0].axis:
         ids = np.concatenate([x.ids for x in inputs])
-        return Channels(shape, joined, ids, np.concatenate([x.constants for x in inputs]))
+        constants = np.concatenate([x.constants for x in inputs])
+        return Channels(shape, joined, ids, constants, all(x.copies for x in inputs))
     constants = np.stack([x.constants for x in inputs])
     for x in inputs[1:]:
         graph.unite(inputs[0].ids, x.ids)

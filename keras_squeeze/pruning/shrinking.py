@@ -1,5 +1,6 @@
 """`shrink`: removes dead neurons physically. Fewer channels, the same function, an ordinary Keras model."""
 
+import warnings
 from collections.abc import Iterator
 
 import keras
@@ -24,14 +25,15 @@ def shrink(model: keras.Model, *, compensate=None, allow_inexact: bool = False) 
         model: A built Functional or Sequential model. It stays as it is.
         compensate: Data (inputs, `(x, y)`, or a dataset of batches) to make up for what is removed with: the mean of
             what was pruned goes into the next bias, and batch normalisations measure their statistics anew. What the
-            model predicts changes then, for the better. The first works for models that `prune_neurons` masked and that
-            were not trained since: training has made up for it already.
+            model predicts changes then, in general for the better. The first works for models that `prune_neurons`
+            masked in this process and that were not trained since: training has made up for it already.
         allow_inexact: Remove masked neurons in front of a `LayerNormalization`, too, whose statistics change; what the
             model predicts changes with them.
 
     Returns:
         A new model with the same layer names, input and output shapes, compiled like the old one, the optimizer's state
-        included, so that training goes on without a jump. It is of the same class where that is made like a
+        included, so that training goes on without a jump (but where the keys of an attention became narrower, whose
+        queries are scaled for it). It is of the same class where that is made like a
         `keras.Model`, from inputs and outputs; attributes of your own are not copied, and a function of yours inside a
         `Lambda` that reads variables goes on to read those of the old model.
 
@@ -50,6 +52,12 @@ def shrink(model: keras.Model, *, compensate=None, allow_inexact: bool = False) 
     ```
     """
     check_reusable(compensate)
+    if compensate is not None and not compensation.has_something(model):
+        warnings.warn(
+            f"Model '{model.name}': nothing to compensate. It has no batch normalisation, and was not masked by "
+            "`prune_neurons` in this process, or was trained since.",
+            stacklevel=2,
+        )
     graph = trace(model, inexact=allow_inexact)
     classes = graph.classes()
     kept = kept_ids(graph, classes)
