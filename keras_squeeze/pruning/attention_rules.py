@@ -14,22 +14,12 @@ import keras
 import numpy as np
 
 from keras_squeeze.pruning.channels import ChannelGraph, Channels
-from keras_squeeze.pruning.shape_rules import arguments_of, mixed
+from keras_squeeze.pruning.shape_rules import arguments_of, mixed, registering
 from keras_squeeze.selection import _underlying
 
 ATTENTION_RULES: dict[type, Callable] = {}
 
-
-def _rule_for(*names: str):
-    """Registers a rule for classes of `keras.layers`, by name: older versions of Keras lack some."""
-
-    def register(rule):
-        for name in names:
-            if hasattr(keras.layers, name):
-                ATTENTION_RULES[getattr(keras.layers, name)] = rule
-        return rule
-
-    return register
+_rule_for = registering(ATTENTION_RULES)
 
 
 @dataclass(frozen=True)

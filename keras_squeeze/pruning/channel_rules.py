@@ -1,10 +1,10 @@
 """What each kind of layer does to channels: one small rule per kind. Users register their own.
 
 A rule gets a layer, the `Channels` of its inputs and the `ChannelGraph`. It tells the graph where the layer's weights
-hold neurons, and returns the channels of its output. Rules of layers that only move values are in `shape_rules.py`.
+hold neurons, and returns the channels of its output. The rules of layers that compute neurons from neurons stand here;
+`recurrent_rules.py`, `attention_rules.py`, `normalization_rules.py`, `merge_rules.py` and `shape_rules.py` have others.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import keras
@@ -14,12 +14,14 @@ from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 
 from keras_squeeze.pruning.attention_rules import ATTENTION_RULES
 from keras_squeeze.pruning.channels import ChannelGraph, Channels, Read
+from keras_squeeze.pruning.merge_rules import MERGE_RULES, scaled_sum
+from keras_squeeze.pruning.normalization_rules import NORMALIZATION_RULES
 from keras_squeeze.pruning.recurrent_rules import RECURRENT_RULES
 from keras_squeeze.pruning.shape_rules import (
     SHAPE_RULES,
     along_last_axis,
     mixed,
-    scaled_sum,
+    registering,
     through_function,
     unchanged,
 )
@@ -28,7 +30,9 @@ from keras_squeeze.selection import _underlying
 Rule = Callable[[keras.Layer, Sequence[Channels], ChannelGraph], Channels | Sequence[Channels]]
 
 _RULES: dict[type, Rule] = {}
-_OF_KERAS = (RECURRENT_RULES, ATTENTION_RULES, SHAPE_RULES)
+_OF_KERAS = (RECURRENT_RULES, ATTENTION_RULES, NORMALIZATION_RULES, MERGE_RULES, SHAPE_RULES)
+
+_rule_for = registering(_RULES)
 
 _COMPUTES = {
     *("call", "__call__", "build", "convolution_op", "kernel", "activation"),
@@ -89,18 +93,6 @@ def find_rule(layer) -> Rule | None:
         if not _COMPUTES.isdisjoint(vars(base)):
             return None
     return None
-
-
-def _rule_for(*names: str):
-    """Registers a rule for classes of `keras.layers`, by name: older versions of Keras lack some."""
-
-    def register(rule):
-        for name in names:
-            if hasattr(keras.layers, name):
-                _RULES[getattr(keras.layers, name)] = rule
-        return rule
-
-    return register
 
 
 # Layers that compute neurons from neurons.
@@ -199,79 +191,6 @@ def embedding(layer, inputs, graph):
 
 
 # Layers with a parameter for each channel.
-
-
-@_rule_for("BatchNormalization")
-def batch_normalization(layer, inputs, graph):
-    x = inputs[0]
-    if x.axis != layer.axis % len(x.shape):
-        return mixed(layer, inputs[:1], graph)
-    mean_is_offset = layer.gamma is None  # then a channel is zero only where the mean is
-    graph.follow(layer.moving_mean, 0, x.ids, "output" if mean_is_offset else "parameter")
-    graph.follow(layer.moving_variance, 0, x.ids, "parameter")
-    mean = graph.value(layer.moving_mean, x.ids if mean_is_offset else None)
-    scale = 1.0 / np.sqrt(graph.value(layer.moving_variance) + layer.epsilon)
-    if layer.gamma is not None:
-        graph.follow(layer.gamma, 0, x.ids)
-        scale = scale * graph.value(layer.gamma, x.ids)
-    # A scale of zero makes a constant of anything.
-    constants = np.where(scale == 0, 0.0, (x.constants - mean) * scale)
-    if layer.beta is not None:
-        graph.follow(layer.beta, 0, x.ids)
-        constants = constants + graph.value(layer.beta, x.ids)
-    return x.with_constants(constants)
-
-
-@_rule_for("LayerNormalization")
-def layer_normalization(layer, inputs, graph):
-    """The mean over the channels is another one without a channel, even one that is zero."""
-    (x,) = inputs
-    axes = [axis % len(x.shape) for axis in np.atleast_1d(layer.axis)]
-    if 0 not in axes and x.axis not in axes:  # every channel on its own; what is constant becomes zero, and then beta
-        shifted = layer.beta is not None and np.any(graph.value(layer.beta) != 0)
-        return x.unknown() if shifted else x.with_constants(np.where(np.isnan(x.constants), np.nan, 0.0))
-    if not _is_over_channels(layer, x):
-        return mixed(layer, inputs, graph)
-    if not graph.inexact:
-        graph.freeze(x, f"{graph.path} normalises over it: its statistics would change (allow_inexact=True removes it)")
-    else:
-        graph.inexact_layers.append(graph.path)
-        graph.require_constant(x, True, f"{graph.path} normalises over it, and it is not zero")
-    return _scaled_and_shifted(layer, x.unknown(), graph)
-
-
-@_rule_for("RMSNormalization")
-def rms_normalization(layer, inputs, graph):
-    """Channels that are zero add nothing to the sum of squares; that there are fewer of them, scale and epsilon undo.
-
-    `x * s / sqrt(sum / n + e)` is `x * s' / sqrt(sum / m + e')` with `s' = s * sqrt(n / m)` and `e' = e * n / m`.
-    """
-    (x,) = inputs
-    if not _is_over_channels(layer, x):
-        return mixed(layer, inputs, graph)
-    epsilon, count = layer.epsilon, len(x.ids)
-    graph.require_constant(x, True, f"{graph.path} normalises over it, and it is not zero")
-    graph.option(layer, "epsilon", x.ids, lambda kept: epsilon * count / int(np.count_nonzero(kept)))
-    graph.rescale(layer.scale, x.ids, lambda kept: math.sqrt(count / int(np.count_nonzero(kept))))
-    return _scaled_and_shifted(layer, x.with_constants(np.where(x.constants == 0, 0.0, np.nan)), graph)
-
-
-@_rule_for("GroupNormalization")
-def group_normalization(layer, inputs, graph):
-    """Whole groups go: the statistics of the others do not change."""
-    (x,) = inputs
-    if x.axis != layer.axis % len(x.shape) or layer.groups == 1:
-        return mixed(layer, inputs, graph)
-    groups = len(x.ids) if layer.groups == -1 else layer.groups
-    by_group = x.ids.reshape(groups, -1)
-    size = by_group.shape[1]
-    for place in range(1, size):
-        graph.unite(by_group[:, 0], by_group[:, place])
-    graph.option(layer, "groups", x.ids, lambda kept: int(np.count_nonzero(kept)) // size)
-    # Channels that are constant and equal to those of their group are normalised to zero.
-    constants = x.constants.reshape(groups, -1)
-    same = np.all(constants == constants[:, :1], axis=1)
-    return _scaled_and_shifted(layer, x.with_constants(np.repeat(np.where(same, 0.0, np.nan), size)), graph)
 
 
 @_rule_for("PReLU")
@@ -388,26 +307,8 @@ def _grouped(layer, graph, x: Channels, kernel, bias, shape) -> Channels:
     return output.with_constants(constants)
 
 
-def _scaled_and_shifted(layer, x: Channels, graph) -> Channels:
-    """A normalisation's gamma and beta, after what it does to the values."""
-    constants = x.constants
-    gamma = layer.gamma if hasattr(layer, "gamma") else layer.scale
-    if gamma is not None:
-        graph.follow(gamma, 0, x.ids)
-        constants = np.where(graph.value(gamma, x.ids) == 0, 0.0, constants)
-    beta = getattr(layer, "beta", None)
-    if beta is not None:
-        graph.follow(beta, 0, x.ids)
-        constants = constants + graph.value(beta, x.ids)
-    return x.with_constants(constants)
-
-
 def _activated(layer, x: Channels, graph) -> Channels:
     return through_function(layer.activation, x, graph)
-
-
-def _is_over_channels(layer, x: Channels) -> bool:
-    return [axis % len(x.shape) for axis in np.atleast_1d(layer.axis)] == [x.axis]
 
 
 def _moved(x: Channels, shape, axis: int) -> Channels:

@@ -13,9 +13,11 @@ import keras
 import numpy as np
 
 from keras_squeeze.pruning.channels import ChannelGraph, Channels, Read
-from keras_squeeze.pruning.shape_rules import arguments_of, evaluated, is_elementwise, mixed
+from keras_squeeze.pruning.shape_rules import arguments_of, evaluated, is_elementwise, mixed, registering
 
 RECURRENT_RULES: dict[type, Callable] = {}
+
+_rule_for = registering(RECURRENT_RULES)
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,7 @@ _CELLS = {
 }
 
 
-def _rule_for(*classes: type):
-    def register(rule):
-        RECURRENT_RULES.update(dict.fromkeys(classes, rule))
-        return rule
-
-    return register
-
-
-@_rule_for(keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN, keras.layers.RNN)
+@_rule_for("LSTM", "GRU", "SimpleRNN", "RNN")
 def recurrent(layer, inputs, graph: ChannelGraph):
     given = arguments_of(layer, inputs, graph)
     sequence = given["sequences"]
@@ -51,7 +45,7 @@ def recurrent(layer, inputs, graph: ChannelGraph):
     return _through(layer, sequence, given.get("initial_state"), graph, graph.shapes)
 
 
-@_rule_for(keras.layers.Bidirectional)
+@_rule_for("Bidirectional")
 def bidirectional(layer, inputs, graph: ChannelGraph):
     given = arguments_of(layer, inputs, graph)
     sequence, states = given["sequences"], given.get("initial_state")
