@@ -1,7 +1,6 @@
 """Neuron pruning: whole neurons become zero, gradually while a model trains or in one shot; `shrink` removes them."""
 
 import warnings
-from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
@@ -12,8 +11,9 @@ from keras_squeeze.graphs import require_graph
 from keras_squeeze.pruning import neuron_criteria
 from keras_squeeze.pruning.compensation import remember, seal
 from keras_squeeze.pruning.constraints import MaskConstraint, attach_masks, detach_masks
-from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
-from keras_squeeze.pruning.neurons import NeuronGroup, Neurons, Savings, widths
+from keras_squeeze.pruning.neuron_allocation import Limits
+from keras_squeeze.pruning.neuron_selection import NeuronSelector, Target
+from keras_squeeze.pruning.neurons import Neurons, Savings, widths
 from keras_squeeze.pruning.shrinking import shrink
 from keras_squeeze.report import CompressionReport, summarize
 from keras_squeeze.selection import Layers, check_finite, read, select_layers
@@ -21,104 +21,6 @@ from keras_squeeze.training import CompressionCallback, fraction
 
 ALLOCATIONS = ("global", "uniform")
 _EXAMPLES = 32  # on which it is measured what an inexact removal changes
-
-
-@dataclass(frozen=True)
-class Target:
-    """How small the model becomes: a fraction of its neurons, or a budget that it must fit.
-
-    Attributes:
-        kind: `"neurons"`, the fraction of the neurons to remove; `"macs"` or `"params"`, the fraction of the
-            multiply-accumulates or parameters to keep.
-        value: That fraction.
-    """
-
-    kind: str
-    value: float
-
-    @classmethod
-    def make(cls, fraction, target_macs, target_params) -> "Target":
-        given = {"neurons": fraction, "macs": target_macs, "params": target_params}
-        given = {kind: value for kind, value in given.items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(
-                "Give one target: a fraction of the neurons to remove, `target_macs` or `target_params`. Received: "
-                f"fraction={fraction!r}, target_macs={target_macs!r}, target_params={target_params!r}"
-            )
-        ((kind, value),) = given.items()
-        if kind == "neurons":
-            return cls(kind, schedules.check_sparsity("fraction", value))
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
-            raise TypeError(f"`target_{kind}` must be a number in (0, 1]. Received: {value!r}")
-        if not 0.0 < value <= 1.0:
-            raise ValueError(f"`target_{kind}` is the fraction to keep, in (0, 1]. Received: target_{kind}={value}")
-        return cls(kind, float(value))
-
-    def at(self, progress: float) -> "Target":
-        """The target on the way there: 0 is the whole model, 1 the target itself."""
-        if self.kind == "neurons":
-            return replace(self, value=self.value * progress)
-        return replace(self, value=1.0 - (1.0 - self.value) * progress)
-
-
-class NeuronSelector:
-    """Which neurons of one model go for a target."""
-
-    def __init__(self, neurons: Neurons, target: Target, limits: Limits, allocation: str, criterion, data):
-        self.neurons = neurons
-        self._target, self._criterion, self._data = target, criterion, data
-        self._allocation = Allocation(neurons.groups, limits, allocation, neurons.count)
-        self._savings = Savings(neurons)
-        self._whole = self._left(np.zeros(neurons.count, bool))
-        self.stuck = [(group.name, _stuck_reason(group, limits)) for group in self._allocation.stuck]
-        self._check_reachable()
-
-    def select(self, progress: float) -> np.ndarray:
-        """Boolean per neuron: those that go at this fraction of the way; what is zero already goes first.
-
-        Raises:
-            FloatingPointError: scores are not finite.
-        """
-        scores = self._criterion.scores(self.neurons, self._data)
-        bad = [group.name for group in self.neurons.groups if not np.isfinite(scores[group.neurons]).all()]
-        if bad:
-            raise FloatingPointError(f"NaN or infinite scores of the neurons of {', '.join(bad)}.")
-        scores = np.where(self.neurons.dead(), -np.inf, scores)
-        target = self._target.at(progress)
-        if target.kind == "neurons":
-            wanted = target.value * self.neurons.prunable
-            return self._allocation.prune(
-                scores,
-                lambda pruned: bool(np.count_nonzero(pruned) >= wanted),
-                nearest=lambda pruned: abs(np.count_nonzero(pruned) - wanted),
-            )
-        return self._allocation.prune(scores, lambda pruned: self._left(pruned) <= target.value * self._whole)
-
-    def check(self) -> None:
-        """Raises what a criterion with data would raise at its first update."""
-        if self._criterion.needs_data:
-            self._criterion.scores(self.neurons, self._data)
-
-    def _left(self, pruned: np.ndarray) -> float:
-        parameters, macs = self._savings.left(pruned)
-        return macs if self._target.kind == "macs" else parameters
-
-    def _check_reachable(self) -> None:
-        if len(self.stuck) == len(self.neurons.groups):
-            path, reason = self.stuck[0]
-            raise ValueError(f"Model '{self.neurons.model.name}': no neuron can be pruned. {path}: {reason}.")
-        if self._target.kind == "neurons":
-            return
-        name = f"target_{self._target.kind}"
-        if self._target.kind == "macs" and self._savings.problem:
-            raise ValueError(f"`target_macs` needs the MACs, which could not be counted: {self._savings.problem}")
-        smallest = self._left(self._allocation.most(np.zeros(self.neurons.count))) / max(self._whole, 1)
-        if smallest > self._target.value:
-            raise ValueError(
-                f"`{name}` cannot be met: the smallest that is reachable is {smallest:.3f}. Received: {name}="
-                f"{self._target.value}. Raise it or `max_layer_fraction`, lower `min_neurons` or `round_to`, or select "
-                "more layers."
-            )
 
 
 class NeuronPruning(CompressionCallback):
@@ -397,15 +299,6 @@ def _warn_of_frozen(model, neurons: Neurons) -> None:
             "keras_squeeze.register_channel_rule teaches a layer.",
             stacklevel=3,
         )
-
-
-def _stuck_reason(group: NeuronGroup, limits: Limits) -> str:
-    if len(group.neurons) == 1:
-        return "it has only one that could go, and one stays"
-    return (
-        f"too narrow for round_to={limits.round_to}, min_neurons={limits.min_neurons} and max_layer_fraction="
-        f"{limits.max_layer_fraction}; a smaller `round_to` prunes it"
-    )
 
 
 def _check_allocation(allocation) -> str:

@@ -15,8 +15,8 @@ from keras_squeeze.graphs import functional_of
 from keras_squeeze.progress import progress_bar
 from keras_squeeze.pruning import neuron_criteria
 from keras_squeeze.pruning.groups import PruningMethod
-from keras_squeeze.pruning.neuron import NeuronSelector, Target
 from keras_squeeze.pruning.neuron_allocation import Limits
+from keras_squeeze.pruning.neuron_selection import NeuronSelector, Target
 from keras_squeeze.pruning.neurons import Neurons
 from keras_squeeze.quantization.quantizers import Affine, Binary
 from keras_squeeze.quantization.wrapper import _recurrent_states
