@@ -5,6 +5,7 @@ that counts its multiply-accumulates. A layer is looked up by its class, then by
 a subclass of `Dense` is treated as a `Dense` until `register_layer` gives it a row of its own.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -308,6 +309,20 @@ def read(variable: keras.Variable) -> np.ndarray:
     import tensorflow as tf
 
     return np.asarray(tf.convert_to_tensor(variable.value))
+
+
+@contextlib.contextmanager
+def changed(changes: Iterable[tuple[keras.Variable, np.ndarray]]) -> Iterator[None]:
+    """Gives variables other values, for a while."""
+    changes = list(changes)
+    before = [(variable, np.array(read(variable))) for variable, _ in changes]
+    try:
+        for variable, value in changes:
+            variable.assign(value)
+        yield
+    finally:
+        for variable, value in before:
+            variable.assign(value)
 
 
 def require_tensorflow() -> None:

@@ -276,6 +276,20 @@ def test_root_mean_square_normalisation_is_exact(epsilon):
     assert small.get_layer("norm").epsilon == pytest.approx(2 * epsilon)
 
 
+@pytest.mark.filterwarnings("ignore:You passed `rms_scaling=True`")
+def test_a_normalisation_that_leaves_the_mean_leaves_constants():
+    """Over time, each channel on its own: a constant is divided by the root of epsilon, and is not zero."""
+    inputs = keras.Input((STEPS, FEATURES))
+    dense = layers.Dense(4, activation="relu", name="dense")
+    norm = layers.LayerNormalization(axis=1, rms_scaling=True)
+    model = keras.Model(inputs, layers.Dense(3, name="head")(norm(dense(inputs))))
+    randomize(model, 5)
+    kernel, bias = (np.array(weight) for weight in dense.get_weights())
+    kernel[:, 1], bias[1] = 0, 2
+    dense.set_weights([kernel, bias])
+    assert_same(model, ks.shrink(model))
+
+
 def test_whole_groups_are_normalised_as_before():
     inputs = keras.Input((6, 6, 3))
     x = layers.GroupNormalization(groups=4, name="norm")(layers.Conv2D(16, 3, name="before")(inputs))

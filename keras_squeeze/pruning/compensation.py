@@ -18,7 +18,7 @@ import numpy as np
 from keras_squeeze.criteria import batches, inputs_only
 from keras_squeeze.pruning.channels import ChannelGraph
 from keras_squeeze.pruning.observing import observe
-from keras_squeeze.selection import read
+from keras_squeeze.selection import changed, read
 
 Shift = tuple[Any, np.ndarray]
 """A bias, and what is added to it."""
@@ -36,8 +36,9 @@ class _Before:
 _before: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def remember(model: keras.Model, masks: Iterable[tuple[Any, np.ndarray]]) -> None:
-    """Notes what `masks` are about to make zero; call `seal` when they have."""
+@contextlib.contextmanager
+def remembering(model: keras.Model, masks: Iterable[tuple[Any, np.ndarray]]) -> Iterator[None]:
+    """Notes what `masks` make zero inside of the context; when weights change after it, that is of no use any more."""
     known = {id(weight): (gone, values) for weight, gone, values in _valid(model)}
     masked = []
     for weight, keep in masks:
@@ -46,12 +47,8 @@ def remember(model: keras.Model, masks: Iterable[tuple[Any, np.ndarray]]) -> Non
             gone, earlier = known[id(weight)]
             values[gone] = earlier
         masked.append((weight, ~keep, values[~keep]))
-    _before[model] = _Before(masked, 0)
-
-
-def seal(model: keras.Model) -> None:
-    """The weights are masked now: when they change from here on, what they were is of no use any more."""
-    _before[model] = _Before(_before[model].masked, _checksum(model))
+    yield
+    _before[model] = _Before(masked, _checksum(model))
 
 
 def shifts(model: keras.Model, graph: ChannelGraph, kept: np.ndarray, data) -> list[Shift]:
@@ -74,7 +71,7 @@ def shifts(model: keras.Model, graph: ChannelGraph, kept: np.ndarray, data) -> l
         sums[place] = sums.get(place, 0.0) + values.sum(axis=0, dtype="float64")
         counts[place] = counts.get(place, 0) + len(values)
 
-    with _unmasked(masked):
+    with changed(_unmasked(masked)):
         observe(model, graph, inputs_only(model, data), None, see)
     if not all(np.isfinite(total).all() for total in sums.values()):
         raise ValueError("`compensate` gives activations that are not finite: look for NaN or infinity in the data.")
@@ -129,19 +126,14 @@ def _checksum(model: keras.Model) -> int:
     return result
 
 
-@contextlib.contextmanager
-def _unmasked(masked) -> Iterator[None]:
-    """Weights as they were before they were masked."""
-    now = [(weight, np.array(read(weight))) for weight, _, _ in masked]
-    try:
-        for (weight, values), (_, gone, earlier) in zip(now, masked, strict=True):
-            values = values.copy()
-            values[gone] = earlier
-            weight.assign(values)
-        yield
-    finally:
-        for weight, values in now:
-            weight.assign(values)
+def _unmasked(masked) -> list[tuple[Any, np.ndarray]]:
+    """Weights, and what they were before they were masked."""
+    found = []
+    for weight, gone, earlier in masked:
+        values = np.array(read(weight))
+        values[gone] = earlier
+        found.append((weight, values))
+    return found
 
 
 @contextlib.contextmanager

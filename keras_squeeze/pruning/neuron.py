@@ -9,7 +9,7 @@ from keras_squeeze import schedules
 from keras_squeeze.criteria import batches, check_reusable, inputs_only
 from keras_squeeze.graphs import require_graph
 from keras_squeeze.pruning import neuron_criteria
-from keras_squeeze.pruning.compensation import remember, seal
+from keras_squeeze.pruning.compensation import remembering
 from keras_squeeze.pruning.constraints import MaskConstraint, attach_masks, detach_masks
 from keras_squeeze.pruning.neuron_allocation import Limits
 from keras_squeeze.pruning.neuron_selection import NeuronSelector, Target
@@ -217,9 +217,8 @@ def prune_neurons(
         pruned = selector.select(1.0)
     except FloatingPointError as error:
         raise ValueError(f"Nothing was pruned: {error} Check the weights, `data` and the loss.") from None
-    remember(model, neurons.masks(pruned))
-    _apply(neurons, pruned, {})
-    seal(model)
+    with remembering(model, neurons.masks(pruned)):
+        _apply(neurons, pruned, {})
     report = _report(neurons, pruned)
     if neurons.graph.inexact_layers:
         report.notes.append(f"{_inexact(neurons)}; {_measured_change(model, data)}")

@@ -40,8 +40,9 @@ def layer_normalization(layer, inputs, graph):
     (x,) = inputs
     axes = [axis % len(x.shape) for axis in np.atleast_1d(layer.axis)]
     if 0 not in axes and x.axis not in axes:  # every channel on its own; what is constant becomes zero, and then beta
-        shifted = layer.beta is not None and np.any(graph.value(layer.beta) != 0)
-        return x.unknown() if shifted else x.with_constants(np.where(np.isnan(x.constants), np.nan, 0.0))
+        shifted = layer.beta is not None and bool(np.any(graph.value(layer.beta) != 0))
+        keeps_mean = getattr(layer, "rms_scaling", False)  # which is deprecated
+        return x.unknown() if shifted or keeps_mean else x.with_constants(np.where(np.isnan(x.constants), np.nan, 0.0))
     if not _is_over_channels(layer, x):
         return mixed(layer, inputs, graph)
     if not graph.inexact:

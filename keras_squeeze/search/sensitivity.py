@@ -28,6 +28,7 @@ from keras_squeeze.selection import (
     CompressibleLayer,
     CompressibleWeight,
     Layers,
+    changed,
     check_finite,
     compile_patterns,
     read,
@@ -153,7 +154,7 @@ def _measured(trials: list[_Trial], evaluate: Callable[[], float]) -> list[Curve
             advance(0, title=f"{trial.layer}: {trial.kind}")
             scores = []
             for value in trial.values:
-                with _changed(trial.changes(value)):
+                with changed(trial.changes(value)):
                     scores.append(evaluate())
                 advance()
             curves.append(Curve(trial.layer, trial.kind, trial.values, tuple(scores)))
@@ -259,23 +260,10 @@ def _expressions(groups) -> list[str]:
 
 
 @contextlib.contextmanager
-def _changed(changes: Changes):
-    """Gives variables other values, for a while."""
-    before = [(variable, np.array(read(variable))) for variable, _ in changes]
-    try:
-        for variable, value in changes:
-            variable.assign(value)
-        yield
-    finally:
-        for variable, value in before:
-            variable.assign(value)
-
-
-@contextlib.contextmanager
 def _left_as_found(model):
     """Whatever is evaluated in here leaves no trace: not in weights, metrics, or what recurrent layers remember."""
     states = [variable for variable in (*model.variables, *_recurrent_states(model)) if not variable.trainable]
-    with _metrics_left_as_found(model), _changed([(variable, np.array(read(variable))) for variable in states]):
+    with _metrics_left_as_found(model), changed([(variable, np.array(read(variable))) for variable in states]):
         yield
 
 
