@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from keras_squeeze import criteria, schedules, steps
+from keras_squeeze.after_target import AfterTarget
+from keras_squeeze.batch_norm import recalibrate_batch_norm
 from keras_squeeze.deployment.advice import advise
 from keras_squeeze.deployment.comparison import Comparison, compare
 from keras_squeeze.deployment.latency import Latency, measure_latencies, measure_latency
@@ -27,7 +29,6 @@ from keras_squeeze.search.profiles import Sensitivity
 from keras_squeeze.search.sensitivity import sensitivity
 from keras_squeeze.search.space import CompressionSpace
 from keras_squeeze.selection import register_layer
-from keras_squeeze.training import AfterTarget
 
 if TYPE_CHECKING:
     from keras_squeeze.search.hypermodel import CompressionHyperModel
@@ -69,6 +70,7 @@ __all__ = [
     "prune_weights",
     "quantize_aware",
     "quantizers",
+    "recalibrate_batch_norm",
     "register_channel_rule",
     "register_layer",
     "save_packed",

@@ -293,7 +293,8 @@ def batches(data, num_batches: int | None, batch_size: int = 32) -> Iterator[tup
 
 def inputs_only(model, data):
     """Data as `batches` takes it, where a user passed the inputs of a model alone: a dict, or a list for several."""
-    several = isinstance(data, list) and len(data) == len(model.inputs) > 1
+    inputs = getattr(model, "inputs", None)  # a subclassed model does not say
+    several = isinstance(data, list) and len(data) > 1 and (inputs is None or len(data) == len(inputs))
     return (data,) if isinstance(data, dict) or several else data
 
 

@@ -116,7 +116,7 @@ def prune(demo: Demo) -> str:
     """The same network, trained on while nine of ten weights go."""
     dense = demo.models["dense"]
     model = _copy(dense)
-    history = demo.fit(model, PRUNING_EPOCHS, MagnitudePruning(TARGET_SPARSITY, allocation="global"))
+    history = demo.fit(model, PRUNING_EPOCHS, MagnitudePruning(TARGET_SPARSITY))
     demo.models["pruned"] = model
     picture = plots.plot_pruning(history, demo.directory / "pruning.png", baseline=demo.accuracy(dense))
     return f"pruned to {history['sparsity'][-1]:.0%} zeros; sparsity and accuracy over training: {picture}"

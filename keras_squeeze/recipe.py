@@ -8,13 +8,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_squeeze.after_target import AfterTarget
 from keras_squeeze.criteria import check_reusable
 from keras_squeeze.graphs import compile_like, functional_of
 from keras_squeeze.quantization.quantizers import Quantizer
 from keras_squeeze.schedules import Schedule
 from keras_squeeze.selection import require_tensorflow
 from keras_squeeze.steps import KINDS, PruneNeurons, Quantize, Step, Task, TrainingStep
-from keras_squeeze.training import AfterTarget
 
 _SAMPLE = 512  # examples for criteria that need data, and for ranges
 _SAMPLE_BATCHES = 8

@@ -4,6 +4,7 @@ Times are an int, a number of optimizer steps counted from where `fit` began, or
 of the steps that `fit` will run.
 """
 
+import copy
 import math
 import numbers
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import keras
 
 UPDATES_BY_DEFAULT = 100
-"""At most this many updates are spread over a schedule's span unless `frequency` says otherwise."""
+"""At most this many updates are spread over a schedule's span unless `frequency` says otherwise; fewer where the run
+is too short to pay for them."""
 
 
 class Schedule:
@@ -25,12 +27,15 @@ class Schedule:
         initial: Sparsity at `begin`, in [0, 1). Nothing is pruned before `begin`.
         begin: Time of the first update; int steps or float fraction of the run.
         end: Time of the last update, which always happens whatever `frequency` divides.
-        frequency: Steps between updates. None spreads about a hundred over the span.
+        frequency: Steps between updates. None: as many updates as cost at most a few percent of the run, from 8 to
+            about a hundred; see `pruning/update_cost.py`.
 
     Raises:
         ValueError: a value outside its range, or `begin` after `end`.
         TypeError: a value of the wrong type.
     """
+
+    _updates = UPDATES_BY_DEFAULT
 
     def __init__(
         self,
@@ -94,8 +99,20 @@ class Schedule:
         every = self._every(begin, end)
         return min(begin + ((step - begin) // every + 1) * every, end)
 
+    def with_updates(self, count: int) -> "Schedule":
+        """A copy that spreads so many updates over its span where `frequency` is None, one at `begin` not counted."""
+        result = copy.copy(self)
+        result._updates = count
+        return result
+
+    def interval(self, total_steps: int | None = None) -> int:
+        """Steps between two updates; the length of the span where there is only one."""
+        begin, end = self.span(total_steps)
+        first = self.next_update(begin, total_steps)
+        return max(end - begin, UPDATES_BY_DEFAULT) if first is None else first - begin
+
     def _every(self, begin: int, end: int) -> int:
-        return self.frequency or max(1, math.ceil((end - begin) / UPDATES_BY_DEFAULT))
+        return self.frequency or max(1, math.ceil((end - begin) / self._updates))
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -143,7 +160,7 @@ class PolynomialDecay(Schedule):
         initial: Sparsity at `begin`, in [0, 1).
         begin: Time of the first update; int steps or float fraction of the run.
         end: Time of the last update. The default leaves the last quarter of the run to recover.
-        frequency: Steps between updates; None for about a hundred updates.
+        frequency: Steps between updates; None: what the run can pay for.
         power: Positive exponent.
 
     Reference: Zhu & Gupta 2017, "To prune, or not to prune", equation 1, https://arxiv.org/abs/1710.01878

@@ -33,6 +33,7 @@ class CompressibleWeight:
         input_axis: The axis that is summed over when the layer is applied; n:m patterns run along it.
         channel_axes: The axes of the outputs, negative; a scale per channel has an entry for each of theirs. Empty
             where a kernel of integers takes one scale only.
+        depthwise: Whether it filters every channel by itself.
     """
 
     name: str
@@ -40,6 +41,12 @@ class CompressibleWeight:
     variable: keras.Variable
     input_axis: int
     channel_axes: tuple[int, ...] = (-1,)
+    depthwise: bool = False
+
+    @property
+    def output_axes(self) -> tuple[int, ...]:
+        """The axes along which outputs lie."""
+        return self.channel_axes or (-1,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +91,7 @@ class _Row:
     weights: Mapping[str, int | Callable[[Any], int]]
     macs: mac_formulas.MacFormula | None = None
     channels: Mapping[str, tuple[int, ...] | Callable[[Any], tuple[int, ...]]] = field(default_factory=dict)
+    depthwise: tuple[str, ...] = ()  # weights that filter every channel by itself
     whole: bool = False  # the weights are those of the layer's parts, which have rows themselves
     registered: bool = False  # by a user, so that a weight which is not there is a mistake
     refuses: Callable[[Any], str | None] | None = None  # of a wrapper: why weights inside of it cannot be pruned
@@ -128,10 +136,11 @@ def _built_in_table() -> dict[type, _Row]:
     for transposed in (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose):
         table[transposed] = _Row({"kernel": -1}, mac_formulas.transposed_convolution, {"kernel": (-2,)})
     for depthwise in (layers.DepthwiseConv1D, layers.DepthwiseConv2D):
-        table[depthwise] = _Row({"kernel": -2}, mac_formulas.depthwise_convolution, {"kernel": (-2, -1)})
+        table[depthwise] = _Row({"kernel": -2}, mac_formulas.depthwise_convolution, {"kernel": (-2, -1)}, ("kernel",))
     for separable in (layers.SeparableConv1D, layers.SeparableConv2D):
         kernels = {"depthwise_kernel": -2, "pointwise_kernel": -2}
-        table[separable] = _Row(kernels, mac_formulas.separable_convolution, {"depthwise_kernel": (-2, -1)})
+        channels = {"depthwise_kernel": (-2, -1)}
+        table[separable] = _Row(kernels, mac_formulas.separable_convolution, channels, ("depthwise_kernel",))
     for recurrent in (layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D):
         table[recurrent] = _Row({}, mac_formulas.recurrent_convolution, whole=True)
     for name in (
@@ -234,6 +243,20 @@ def find_layers(model: keras.Model) -> Selection:
     finder.add(model, _row(model), model.name, ())
     finder.visit(model, "", ())
     return finder.selection()
+
+
+def layers_with_paths(model: keras.Model) -> Iterator[tuple[str, keras.Layer]]:
+    """Every layer inside a model, at any depth and once, with its path such as `"encoder/dense_1"`."""
+    seen: set[int] = set()
+
+    def visit(parent, prefix: str):
+        for layer in parent._layers:
+            if id(layer) not in seen:
+                seen.add(id(layer))
+                yield f"{prefix}{layer.name}", layer
+                yield from visit(layer, f"{prefix}{layer.name}/")
+
+    yield from visit(model, "")
 
 
 def layer_weights(layer: keras.Layer) -> tuple[list[CompressibleWeight], list[tuple[str, str]]]:
@@ -405,6 +428,7 @@ class _Finder:
                     variable,
                     axis(layer) if callable(axis) else axis,
                     channels(layer) if callable(channels) else channels,
+                    name in row.depthwise,
                 )
 
 

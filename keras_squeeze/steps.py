@@ -18,6 +18,7 @@ from keras_squeeze import schedules
 from keras_squeeze.deployment.litert import export
 from keras_squeeze.deployment.packing import save_packed
 from keras_squeeze.distillation import distilled
+from keras_squeeze.pruning import neuron_criteria
 from keras_squeeze.pruning.keep_sparsity import KeepSparsity
 from keras_squeeze.pruning.magnitude import MagnitudePruning, prune_weights
 from keras_squeeze.pruning.neuron import NeuronPruning, prune_neurons
@@ -125,8 +126,8 @@ class PruneNeurons(TrainingStep):
         schedule: The final fraction of the neurons to remove, or a schedule. None where a target is given.
         target_macs, target_params: Instead: the fraction of the MACs or parameters to keep.
         layers: A regular expression, or a list of them.
-        allocation, criterion, round_to, allow_inexact: As in `NeuronPruning`; criteria with data get some of the
-            training data.
+        allocation, criterion, round_to, allow_inexact: As in `NeuronPruning`; criteria that look at data, and without
+            training those that use gradients, get some of the training data.
     """
 
     kind = "prune_neurons"
@@ -134,8 +135,8 @@ class PruneNeurons(TrainingStep):
     target_macs: float | None = None
     target_params: float | None = None
     layers: Any = None
-    allocation: str = "global"
-    criterion: Any = "l2"
+    allocation: str = "auto"
+    criterion: Any = "auto"
     round_to: int = 8
     allow_inexact: bool = False
 
@@ -157,7 +158,8 @@ class PruneNeurons(TrainingStep):
         return {"neurons": 0.0 if self.schedule is None else schedules.get(self.schedule).final}
 
     def _callback(self, sample) -> NeuronPruning:
-        return NeuronPruning(self.schedule, **self._how(sample))
+        observes = isinstance(neuron_criteria.get(self.criterion), neuron_criteria.GradientNeuronCriterion)
+        return NeuronPruning(self.schedule, **self._how(None if observes else sample))
 
     def _how(self, sample) -> dict[str, Any]:
         names = ("target_macs", "target_params", "layers", "allocation", "criterion", "round_to", "allow_inexact")
@@ -172,23 +174,24 @@ class PruneWeights(TrainingStep):
     Args:
         schedule: The final sparsity, a schedule, or `{regular expression: sparsity or schedule}`.
         layers: A regular expression, or a list of them.
-        allocation, pattern, criterion: As in `MagnitudePruning`; criteria with data get some of the training data.
+        allocation, pattern, criterion: As in `MagnitudePruning`; without training, criteria that use gradients get some
+            of the training data.
     """
 
     kind = "prune_weights"
     schedule: Any = 0.9
     layers: Any = None
-    allocation: str = "uniform"
+    allocation: str = "auto"
     pattern: Any = "unstructured"
     criterion: Any = "magnitude"
 
     def __post_init__(self):
         super().__post_init__()
-        self._callback(())
+        self._callback()
 
     def run(self, task):
         if task.fit is not None:
-            task.fit(task.model, self._callback(task.sample), *_beside(task.model))
+            task.fit(task.model, self._callback(), *_beside(task.model))
         elif isinstance(self.schedule, Mapping):
             for pattern, schedule in self.schedule.items():
                 prune_weights(
@@ -203,8 +206,8 @@ class PruneWeights(TrainingStep):
         chosen = list(self.schedule.values()) if by_path else [self.schedule]
         return {"sparsity": max((schedules.get(each).final for each in chosen), default=0.0), "pattern": self.pattern}
 
-    def _callback(self, sample) -> MagnitudePruning:
-        return MagnitudePruning(self.schedule, **self._how(sample))
+    def _callback(self) -> MagnitudePruning:
+        return MagnitudePruning(self.schedule, **self._how(None))
 
     def _how(self, sample) -> dict[str, Any]:
         how = {name: getattr(self, name) for name in ("layers", "allocation", "pattern", "criterion")}

@@ -5,24 +5,13 @@ import pathlib
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import keras
 
+from keras_squeeze.batch_norm import STEPS_NEEDED, Change, MovingStatistics, warn_of_ignored
 from keras_squeeze.selection import require_tensorflow
-
-# By the name under which a callback may define the same.
-_GATED_EVENTS = {
-    "on_epoch_begin": "on_epoch_begin",
-    "on_epoch_end": "on_epoch_end",
-    "on_train_batch_begin": "on_batch_begin",
-    "on_train_batch_end": "on_batch_end",
-    "on_test_begin": "on_test_begin",
-    "on_test_end": "on_test_end",
-    "on_test_batch_begin": "on_test_batch_begin",
-    "on_test_batch_end": "on_test_batch_end",
-}
 
 _ORIGIN_FILE = "keras_squeeze_origin.txt"
 
@@ -42,7 +31,11 @@ class CompressionCallback(keras.callbacks.Callback, ABC):
     ```
     """
 
+    tells_validation: ClassVar[bool] = False
+    """Whether a line about the validation metric goes with what `finish` prints."""
+
     _run: Any = None  # the FitRun, during `fit`
+    _statistics: MovingStatistics | None = None
 
     @abstractmethod
     def attach(self, model: keras.Model, optimizer, total_steps: int | None = None) -> None:
@@ -80,8 +73,55 @@ class CompressionCallback(keras.callbacks.Callback, ABC):
         has compressed the other counts in.
         """
 
+    def begin_epoch(self) -> None:
+        """Called before the first batch of every epoch of `fit`, after `attach`."""
+
     def finish(self, step: int, verbose: bool) -> None:
         """Called once when `fit` ends, before `detach`."""
+
+    def end_epoch(self) -> None:
+        """Called after the last batch of every epoch of `fit`, before `update`."""
+
+    def follow_statistics(self, model: keras.Model, optimizer, changes: Sequence[Change]) -> None:
+        """Makes batch normalization follow the changes that this callback makes, until `release_statistics`."""
+        self.release_statistics()
+        if optimizer is None or not changes:
+            return
+        self._statistics = MovingStatistics(model, optimizer, changes, self.origin(optimizer))
+        if self._run is None or self._run.callbacks[0] is self:
+            warn_of_ignored(model, self._statistics.ignored)
+
+    def note_change(self, step: int) -> None:
+        """Tells the statistics of a change that was due at a step."""
+        if self._statistics is not None:
+            self._statistics.note_change(step)
+
+    def release_statistics(self) -> None:
+        """Gives batch normalization its own momentum back."""
+        if self._statistics is not None:
+            self._statistics.detach()
+            self._statistics = None
+
+    def warn_of_late_end(self, step: int) -> None:
+        """Warns where training ended before the statistics had followed the last change."""
+        statistics = self._statistics
+        if statistics is None or not statistics.is_used:
+            return
+        steps = step - statistics.end
+        if 0 <= steps < STEPS_NEEDED:
+            warnings.warn(
+                f"The target was reached {steps} steps before the end of training, and the moving statistics of batch "
+                f"normalization need about {STEPS_NEEDED} to follow: `evaluate` may say less than the model can. "
+                "Measure them anew with keras_squeeze.recalibrate_batch_norm(model, x), train longer, or let the "
+                "schedule end earlier.",
+                stacklevel=3,
+            )
+
+    def origin(self, optimizer) -> int:
+        """The optimizer's count at step 0."""
+        if self._run is not None:
+            return self._run.origin
+        return int(keras.ops.convert_to_numpy(optimizer.iterations))
 
     def on_train_begin(self, logs=None):
         require_tensorflow()
@@ -89,9 +129,12 @@ class CompressionCallback(keras.callbacks.Callback, ABC):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._run.start(epoch)
+        self.begin_epoch()
 
     def on_epoch_end(self, epoch, logs=None):
+        self.end_epoch()
         self._run.catch_up()  # a model with a `fit` of its own may never call its `train_function`
+        self._run.note_validation(epoch, logs)
 
     def on_train_end(self, logs=None):
         self._run.leave(self)
@@ -119,9 +162,10 @@ class FitRun:
         self._origin = 0  # the optimizer's count when this run, or the one that it resumes, began
         self._step = 0  # known for sure
         self._batches = 0  # executed since `_step` was known
-        # Constraints and wrappers are traced with the training step, so it must not have been traced yet.
+        self._validation: dict[str, Mapping[str, float]] = {}  # logs by when they were written
         self._iterator: Any = None
-        self.trace_anew()
+        self._train_function: Any = None
+        self._hook()
 
     @classmethod
     def join(cls, callback: CompressionCallback) -> "FitRun":
@@ -136,6 +180,17 @@ class FitRun:
     def of(callback: keras.callbacks.Callback) -> "FitRun | None":
         """The run that any callback of a `fit` belongs to; None where nothing is compressed."""
         return FitRun._runs.get(id(callback.params))
+
+    @property
+    def origin(self) -> int:
+        """The optimizer's count when this run, or the one that it resumes, began."""
+        return self._origin
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of an epoch; None where that is not known, or not whole."""
+        steps = self._params.get("steps")
+        return steps // self._accumulation if steps and steps % self._accumulation == 0 else None
 
     @property
     def reached(self) -> bool:
@@ -174,21 +229,63 @@ class FitRun:
                 known.update((key, max(pair, known.get(key, pair))) for key, pair in parts.items())
         return {name: fraction(parts) for name, parts in found.items()}
 
+    def note_validation(self, epoch: int, logs: Mapping[str, float] | None) -> None:
+        """Keeps the metrics of validation from before the first change, else of the first epoch; and the last ones."""
+        metrics = {name: value for name, value in (logs or {}).items() if name.startswith("val_")}
+        if not metrics:
+            return
+        if not any(self.logs().values()):
+            self._validation = {"before compression": metrics}
+        elif not self._validation:
+            self._validation = {f"after epoch {epoch + 1}": metrics}
+        else:
+            self._validation["at the end"] = metrics
+
+    def _validation_line(self) -> str:
+        names = list(next(iter(self._validation.values())))
+        name = next((name for name in names if name != "val_loss"), names[0])
+        parts = [f"{logs[name]:.4g} {when}" for when, logs in self._validation.items() if name in logs]
+        return f"{name} {', '.join(parts)}"
+
     def trace_anew(self) -> None:
         """Traces the training step again before the next one runs: what a callback changed is not in the graph."""
-        self._model.make_train_function(force=True)
-        self._train_function = self._model.train_function
-        self._model.train_function = self._train_and_advance
+        self._make_train_function(force=True)
 
     def leave(self, callback: CompressionCallback) -> None:
         """Ends a callback's part; the last one gives the model its own training step back."""
         if self._started:
-            callback.finish(self._iterations() - self._origin, bool(self._params.get("verbose", 1)))
+            verbose = bool(self._params.get("verbose", 1))
+            callback.finish(self._iterations() - self._origin, verbose)
+            if verbose and callback.tells_validation and self._validation:
+                print(f"keras_squeeze: {self._validation_line()}")
+                self._validation = {}
         callback.detach()
         callback._run = None
         self.callbacks.remove(callback)
         if not self.callbacks:
             self._close()
+
+    def _hook(self) -> None:
+        """Wraps the training step that the model has, and each that it makes during this run.
+
+        Any callback may have the model make a new one, such as after it unfroze a layer.
+        """
+        stale = getattr(vars(self._model).get("make_train_function"), "__self__", None)
+        if isinstance(stale, FitRun):  # of a `fit` that was interrupted
+            stale._abandon()
+        self._make_own = self._model.make_train_function
+        self._model.make_train_function = self._make_train_function
+        # Constraints and wrappers are traced with the training step, so it must not have been traced yet.
+        self.trace_anew()
+
+    def _make_train_function(self, force: bool = False):
+        """Stands in for the model's `make_train_function`."""
+        model = self._model
+        if force or model.train_function is None:
+            self._make_own(force=True)
+            self._train_function = model.train_function
+            model.train_function = self._train_and_advance
+        return model.train_function
 
     def _train_and_advance(self, iterator):
         """The model's training step, what is due after it, and the progress in its logs."""
@@ -229,6 +326,8 @@ class FitRun:
         self._close()
 
     def _close(self) -> None:
+        if "make_train_function" in vars(self._model):
+            del self._model.make_train_function
         self._model.train_function = None  # the constraints were traced with it
         self._runs.pop(id(self._params), None)
 
@@ -294,74 +393,6 @@ class FitRun:
                 "they are less compressed. Wrap it: keras_squeeze.AfterTarget(...).",
                 stacklevel=2,
             )
-
-
-class AfterTarget(keras.callbacks.Callback):
-    """Lets a callback see the training only once every compression callback has reached its target.
-
-    Early stopping and best-checkpointing would otherwise pick a model from early in the run, which scores
-    better because it is not compressed yet. Where nothing is compressed, the callback sees everything.
-
-    Args:
-        callback: Any Keras callback, such as `EarlyStopping` or `ModelCheckpoint`.
-
-    Example:
-
-    ```python
-    stop = keras.callbacks.EarlyStopping(patience=3, restore_best_weights=True)
-    model.fit(x, y, callbacks=[ks.MagnitudePruning(0.9), ks.AfterTarget(stop)])
-    ```
-    """
-
-    def __init__(self, callback: keras.callbacks.Callback):
-        super().__init__()
-        if not isinstance(callback, keras.callbacks.Callback):
-            raise TypeError(f"`callback` must be a Keras callback. Received: {callback!r}")
-        self.callback = callback
-        self._epoch: Any = None  # the arguments of an `on_epoch_begin` that was held back
-        for event, alias in _GATED_EVENTS.items():
-            # Keras runs batches faster where no one listens.
-            listens = [not getattr(getattr(callback, name), "_is_default", False) for name in (event, alias)]
-            if any(listens) or event == "on_epoch_begin":
-                setattr(self, event, self._gate(event))
-
-    def _gate(self, event):
-        method = getattr(self.callback, event)
-
-        def forward(*args, **kwargs):
-            run = FitRun.of(self)
-            if event == "on_epoch_begin":
-                self._epoch = args, kwargs
-                if run is not None:
-                    run.start(args[0])  # whatever the order of the callbacks
-            if run is not None and not run.reached:
-                return
-            if self._epoch and event != "on_epoch_begin":  # the target was reached in mid-epoch
-                self._forward_epoch()
-            elif event == "on_epoch_begin":
-                self._epoch = None
-            method(*args, **kwargs)
-
-        return forward
-
-    def _forward_epoch(self) -> None:
-        args, kwargs = self._epoch
-        self._epoch = None
-        self.callback.on_epoch_begin(*args, **kwargs)
-
-    def set_params(self, params):
-        super().set_params(params)
-        self.callback.set_params(params)
-
-    def set_model(self, model):
-        super().set_model(model)
-        self.callback.set_model(model)
-
-    def on_train_begin(self, logs=None):
-        self.callback.on_train_begin(logs)
-
-    def on_train_end(self, logs=None):
-        self.callback.on_train_end(logs)
 
 
 def fraction(parts: Mapping[Hashable, tuple[int, int]]) -> float:

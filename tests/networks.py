@@ -58,8 +58,9 @@ def masks(model) -> dict[str, np.ndarray]:
 
 
 def expected_zeros(model, target: float) -> int:
-    """Zeros that uniform allocation asks for, from the definition: `round(n * (1 - s))` of n values stay."""
-    return sum(a.size - max(round(a.size * (1 - target)), 1) for a in kernels(model).values())
+    """Zeros that a target over all kernels asks for, from the definition: `round(n * (1 - s))` of n values stay."""
+    size = sum(a.size for a in kernels(model).values())
+    return size - round(size * (1 - target))
 
 
 def count_zeros(model) -> int:

@@ -1,6 +1,6 @@
 """A training script that can be killed: run by test_resume.py in a process of its own.
 
-Usage: resumable_training.py FOLDER SAVE_FREQ KILL_AFTER_BATCHES weights|neurons
+Usage: resumable_training.py FOLDER SAVE_FREQ KILL_AFTER_BATCHES weights|neurons|snip|budget
 (kill after 0 batches: run to the end, and write final.npz)
 """
 
@@ -38,15 +38,21 @@ def main(folder, save_freq, kill_after, kind):
     data = load_digits()
     images = (data.images[: 64 * BATCHES_PER_EPOCH, ..., np.newaxis] / 16).astype("float32")
     dataset = tf.data.Dataset.from_tensor_slices((images, data.target[: len(images)])).batch(64)
-    model = {"weights": small_convnet, "neurons": residual_convnet}[kind]()
+    model = (small_convnet if kind in ("weights", "snip") else residual_convnet)()
     zeros = ZerosAtEveryStep()
     backup = keras.callbacks.BackupAndRestore(folder / "backup", save_freq if save_freq == "epoch" else int(save_freq))
     schedule = ks.schedules.PolynomialDecay(TARGET, frequency=7)
-    pruning = {"weights": ks.MagnitudePruning, "neurons": ks.NeuronPruning}[kind](schedule)
+    pruning = {
+        "weights": lambda: ks.MagnitudePruning(schedule, allocation="uniform"),
+        "neurons": lambda: ks.NeuronPruning(schedule),
+        "snip": lambda: ks.MagnitudePruning(schedule, criterion="snip"),
+        "budget": lambda: ks.NeuronPruning(target_params=0.4, allocation="global", round_to=1),
+    }[kind]()
     callbacks = [pruning, backup, zeros] + ([Kill(kill_after)] if kill_after else [])
     model.fit(dataset, epochs=EPOCHS, verbose=0, shuffle=False, callbacks=callbacks)
-    found = {path.replace("/", "."): kernel for path, kernel in kernels(model).items()}
-    np.savez(folder / "final.npz", zeros=zeros.at_batch, **found)
+    values = {path.replace("/", "."): kernel for path, kernel in kernels(model).items()}
+    statistics = {v.path.replace("/", "."): v.numpy() for v in model.weights if v.name.startswith("moving_")}
+    np.savez(folder / "final.npz", zeros=zeros.at_batch, **values, **statistics)
 
 
 if __name__ == "__main__":

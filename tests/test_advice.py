@@ -287,7 +287,7 @@ def test_expected_bytes_are_those_of_the_compressed_model(make, recipe):
     case = advice.Case(model, plan, True, "x86", report, found, zeros_of(model, report, found))
     expected = case.expected_bytes(plan.sparsity, plan.weights)
     if "sparsity" in recipe:
-        ks.prune_weights(model, recipe["sparsity"])
+        ks.prune_weights(model, recipe["sparsity"], allocation="uniform")
     if "weights" in recipe:
         model = ks.quantize_aware(model, recipe["weights"])
     assert expected == pytest.approx(ks.summarize(model).total.compressed_bytes, abs=8)
@@ -321,7 +321,7 @@ def test_neurons_that_are_masked(figures):
     assert f"leaves {after.macs:,} of {before.macs:,} MACs" in text
     assert f"{after.parameters:,} of {before.parameters:,} parameters" in text
     both = masked()
-    ks.prune_weights(both, 0.75)  # the zeros of the neurons among them
+    ks.prune_weights(both, 0.75, allocation="uniform")  # the zeros of the neurons among them
     small = ks.summarize(ks.shrink(both)).total
     findings = ks.advise(both)
     assert f"{small.parameters:,} of" in sentence(findings, MARKS["dead_neurons"])

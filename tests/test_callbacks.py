@@ -218,7 +218,7 @@ def test_keep_sparsity_leaves_an_all_zero_weight_to_train(digits):
 def test_a_zero_initialised_kernel_is_not_kept_dead(digits):
     model = small_convnet()
     model.get_layer("logits").kernel.assign(np.zeros(model.get_layer("logits").kernel.shape))
-    fit(model, digits, [ks.MagnitudePruning(0.5)])
+    fit(model, digits, [ks.MagnitudePruning(0.5, allocation="uniform")])
     kernel = model.get_layer("logits").kernel.numpy()
     assert (kernel == 0).mean() == pytest.approx(0.5)
 

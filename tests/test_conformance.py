@@ -11,7 +11,7 @@ import pytest
 
 import keras_squeeze as ks
 from keras_squeeze import criteria, schedules
-from keras_squeeze.pruning import masks
+from keras_squeeze.pruning import masks, weight_allocation
 from keras_squeeze.selection import select_layers
 
 # Each row: an instance with no argument left at its default where that can be.
@@ -207,7 +207,7 @@ def test_where_zero_is_lowest_nothing_is_below_it(criterion, name):
 
 # Laws of criterion, allocation and pattern together, on a model.
 
-ALL_WAYS = list(itertools.product([c for c, _ in CRITERIA], masks.ALLOCATIONS, [p for p, _ in PATTERNS]))
+ALL_WAYS = list(itertools.product([c for c, _ in CRITERIA], weight_allocation.ALLOCATIONS, [p for p, _ in PATTERNS]))
 
 
 def way_of(value):
@@ -274,7 +274,7 @@ def some_zeros(shape):
 
 
 # Blocks are left out, which zeros need not fill, and "erk", which may ask for fewer zeros than a weight has.
-ONE_BY_ONE = [way for way in ALL_WAYS if way[1] != "erk" and not isinstance(way[2], masks.Blocks)]
+ONE_BY_ONE = [way for way in ALL_WAYS if way[1] not in ("erk", "auto") and not isinstance(way[2], masks.Blocks)]
 
 
 @pytest.mark.parametrize(("criterion", "allocation", "pattern"), ONE_BY_ONE, ids=way_of)
@@ -289,7 +289,7 @@ def test_what_is_zero_stays_zero_and_counts(criterion, allocation, pattern):
 
 
 @pytest.mark.parametrize("pattern", [p for p, _ in PATTERNS if isinstance(p, masks.NOfM)], ids=repr)
-@pytest.mark.parametrize("allocation", masks.ALLOCATIONS)
+@pytest.mark.parametrize("allocation", weight_allocation.ALLOCATIONS)
 def test_n_of_m_is_complete_in_the_model(pattern, allocation):
     model, data = two_layers()
     prune(model, data, pattern.max_sparsity, criteria.Magnitude(), allocation, pattern)

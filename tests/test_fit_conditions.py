@@ -175,7 +175,9 @@ def test_the_mask_in_force_equals_the_smallest_weights_of_that_step(digits):
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(64).take(steps)
     schedule = ks.schedules.PolynomialDecay(TARGET, begin=0, end=10, frequency=4)
     model = small_convnet("sgd")
-    model.fit(dataset, epochs=1, verbose=0, callbacks=[ks.MagnitudePruning(schedule)], shuffle=False)
+    model.fit(
+        dataset, epochs=1, verbose=0, callbacks=[ks.MagnitudePruning(schedule, allocation="uniform")], shuffle=False
+    )
 
     plain = small_convnet("sgd")
     pruned_at = {step: schedule(step) for step in (0, 4, 8, 10)}
@@ -232,7 +234,8 @@ def test_initial_epoch_goes_on_with_the_schedule(digits):
     with pytest.warns(UserWarning, match="before the end of the pruning schedule"):
         fit(model, digits, first, pruning=ks.MagnitudePruning(ks.schedules.PolynomialDecay(TARGET, begin=0, end=87)))
     assert_on_target(model, fit(model, digits, second, pruning=pruning, epochs=3, initial_epoch=2))
-    assert second.at_batch[0] > first.at_batch[-1]
+    assert second.at_batch[0] >= first.at_batch[-1]
+    assert second.at_batch[-1] > first.at_batch[-1]
 
 
 def test_frozen_layers_stay_as_they_are(digits):
@@ -240,7 +243,7 @@ def test_frozen_layers_stay_as_they_are(digits):
     model.get_layer("hidden").trainable = False
     model.compile("adam", model.loss)
     before = model.get_layer("hidden").kernel.numpy()
-    fit(model, digits)
+    fit(model, digits, pruning=ks.MagnitudePruning(TARGET, allocation="uniform"))
     np.testing.assert_array_equal(model.get_layer("hidden").kernel.numpy(), before)
     for name in ("conv", "logits"):
         kernel = model.get_layer(name).kernel.numpy()
@@ -250,7 +253,10 @@ def test_frozen_layers_stay_as_they_are(digits):
 def test_several_callbacks_on_different_layers(digits):
     x, y = digits
     model = small_convnet()
-    callbacks = [ks.MagnitudePruning(0.5, layers="conv"), ks.MagnitudePruning(0.9, layers=["hidden", "logits"])]
+    callbacks = [
+        ks.MagnitudePruning(0.5, layers="conv"),
+        ks.MagnitudePruning(0.9, layers=["hidden", "logits"], allocation="uniform"),
+    ]
     zeros = ZerosAtEveryStep()
     model.fit(x, y, epochs=2, verbose=0, callbacks=[*callbacks, zeros])
     for name, target in {"conv": 0.5, "hidden": 0.9, "logits": 0.9}.items():
@@ -285,7 +291,7 @@ def test_a_users_own_constraint_works_and_comes_back(digits):
     model = small_convnet()
     kernel = model.get_layer("hidden").kernel
     kernel.constraint = AtMost()
-    fit(model, digits)
+    fit(model, digits, pruning=ks.MagnitudePruning(TARGET, allocation="uniform"))
     assert np.abs(kernel.numpy()).max() <= 0.05
     assert (kernel.numpy() == 0).sum() == expected_zeros_of(kernel.numpy())
     assert type(kernel.constraint) is AtMost
@@ -418,7 +424,7 @@ def test_patterns_follow_the_schedule(digits, pattern):
         blocks = (kernel != 0).reshape(kernel.shape[0] // rows, rows, kernel.shape[1] // columns, columns)
         assert set(np.unique(blocks.sum(axis=(1, 3)))) == {0, rows * columns}
         assert (kernel == 0).mean() == pytest.approx(0.5, abs=rows * columns / kernel.size)
-    assert len(set(zeros.at_batch)) > 10
+    assert len(set(zeros.at_batch)) > 7
 
 
 @pytest.mark.parametrize("criterion", ["lamp", "random", "movement", "snip"])

@@ -11,11 +11,10 @@ from keras_squeeze.pruning.masks import (
     Blocks,
     NOfM,
     Unstructured,
-    erk_sparsities,
     get_pattern,
-    keep_count,
     select_masks,
 )
+from keras_squeeze.pruning.weight_allocation import erk_sparsities, keep_count
 
 # The brute force. A unit is (score, [index, ...]): the values at these indices live or die together.
 
@@ -67,23 +66,27 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def kept_units(units, count, at_least):
-    """`{(weight, number)}` of the `count` best units; the best `at_least` of every weight are among them."""
+def kept_units(units, count, floors):
+    """`{(weight, number)}` of the `count` best units; as many of the best of every weight as `floors` say are in it."""
     forced = set()
-    for weight, own in enumerate(units):
+    for weight, (own, floor) in enumerate(zip(units, floors, strict=True)):
         best_first = sorted(range(len(own)), key=lambda number: -own[number][0])
-        forced |= {(weight, number) for number in best_first[:at_least]}
+        forced |= {(weight, number) for number in best_first[:floor]}
     every = [(weight, number) for weight, own in enumerate(units) for number in range(len(own))]
     every.sort(key=lambda unit: (unit not in forced, -units[unit[0]][unit[1]][0]))
     return set(every[: max(count, len(forced))])
 
 
-def densities_by_bisection(shapes, density):
-    """Erdos-Renyi-kernel densities `min(1, scale * sum(shape) / prod(shape))`, with the scale that meets the target."""
+def densities_by_bisection(shapes, density, floors=None):
+    """Erdos-Renyi-kernel densities `scale * sum(shape) / prod(shape)` between floor and 1 that meet the target."""
     sizes = [math.prod(shape) for shape in shapes]
+    floors = floors or [0.0] * len(shapes)
 
     def at(scale):
-        return [min(1.0, scale * sum(shape) / size) for shape, size in zip(shapes, sizes, strict=True)]
+        return [
+            min(1.0, max(floor, scale * sum(shape) / size))
+            for shape, size, floor in zip(shapes, sizes, floors, strict=True)
+        ]
 
     low, high = 0.0, 1e6
     for _ in range(200):
@@ -93,18 +96,51 @@ def densities_by_bisection(shapes, density):
     return at(low)
 
 
-def brute_force(units, shapes, share, allocation, at_least):
+def best_of_outputs(own, shape, dead):
+    """The number of the best unit of every output, along the last axis, that is not dead."""
+    best = set()
+    for output in range(shape[-1]):
+        reaching = [number for number, (_, indices) in enumerate(own) if any(i[-1] == output for i in indices)]
+        number = max(reaching, key=lambda number: (own[number][0], -number))
+        best |= {number} if own[number][0] > dead else set()
+    return best
+
+
+def floor_of(own, shape, share, covers):
+    """A fifth of the overall density, and a unit of every output unless outputs have one value each."""
+    fifth = math.ceil(Fraction(1, 5) * Fraction(1 - share) * len(own))
+    reach = 0
+    if covers and math.prod(shape) > shape[-1]:
+        reach = len({frozenset(i[-1] for i in indices) for _, indices in own})
+    return min(max(fifth, reach), len(own)), bool(reach)
+
+
+def brute_force(units, shapes, share, allocation, covers, dead=0):
     """The masks that prune a share of the units."""
-    if allocation == "global":
-        kept = kept_units(units, round(sum(map(len, units)) * (1 - share)), at_least)
+    if allocation == "uniform":
+        counts = [max(round(len(own) * (1 - share)), int(covers)) for own in units]
+        kept = {(weight, n) for weight, own in enumerate(units) for _, n in kept_units([own], counts[weight], [0])}
     else:
-        densities = [1 - share] * len(units)
-        if allocation == "erk":
-            densities = densities_by_bisection(shapes, 1 - share)
+        least = [floor_of(own, shape, share, covers) for own, shape in zip(units, shapes, strict=True)]
+        floors, reaching = [floor for floor, _ in least], [reaches for _, reaches in least]
+        if allocation == "global":
+            kept = kept_units(units, round(sum(map(len, units)) * (1 - share)), floors)
+            counts = [sum(weight == other for other, _ in kept) for weight in range(len(units))]
+        else:
+            least = [floor / len(own) for floor, own in zip(floors, units, strict=True)]
+            densities = densities_by_bisection(shapes, 1 - share, least)
+            exact = [len(own) * density for own, density in zip(units, densities, strict=True)]
+            counts = [math.floor(value + 1e-6) for value in exact]
+            by_remainder = sorted(range(len(exact)), key=lambda weight: (counts[weight] - exact[weight], weight))
+            for weight in by_remainder[: max(round(sum(map(len, units)) * (1 - share)) - sum(counts), 0)]:
+                counts[weight] += 1
+            counts = [max(count, floor) for count, floor in zip(counts, floors, strict=True)]
         kept = set()
-        for weight, (own, density) in enumerate(zip(units, densities, strict=True)):
-            count = max(round(len(own) * density), at_least)
-            kept |= {(weight, number) for _, number in kept_units([own], count, 0)}
+        for weight, (own, shape) in enumerate(zip(units, shapes, strict=True)):
+            best = best_of_outputs(own, shape, dead) if reaching[weight] else set()
+            ranked = sorted(range(len(own)), key=lambda n: (n not in best, -own[n][0]))
+            by_score = {n for _, n in kept_units([own], counts[weight], [0])}
+            kept |= {(weight, n) for n in (ranked[: counts[weight]] if best - by_score else by_score)}
     masks = [np.ones(shape, bool) for shape in shapes]
     for weight, own in enumerate(units):
         for number, (_, indices) in enumerate(own):
@@ -136,7 +172,7 @@ def random_scores(rng, pattern, shape):
 
 
 @pytest.mark.parametrize("some_dead", [False, True], ids=["", "some dead"])
-@pytest.mark.parametrize("allocation", ["uniform", "global", "erk"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "erk", "auto"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_masks_equal_the_brute_force(name, allocation, some_dead):
     pattern, make_units, max_sparsity, at_least = PATTERNS[name]
@@ -154,7 +190,7 @@ def test_masks_equal_the_brute_force(name, allocation, some_dead):
             input_axes=axes,
             alive=alive if some_dead else None,
         )
-        expected = brute_force(units, SHAPES, share, allocation, at_least)
+        expected = brute_force(units, SHAPES, share, allocation, bool(at_least), -math.inf if some_dead else 0)
         for mask, correct in zip(masks, expected, strict=True):
             assert mask.dtype == bool
             np.testing.assert_array_equal(mask, correct, err_msg=f"share {share}", strict=True)
@@ -207,7 +243,7 @@ def test_keep_count_at_least(at_least, kept):
 
 def test_of_equal_values_the_earlier_weight_is_kept():
     masks = select_masks([np.ones((2, 4)), np.ones((2, 2)), np.ones((2, 2))], 0.25, allocation="global")
-    assert [mask.sum() for mask in masks] == [8, 3, 1]  # 12 of 16 stay, one of them in the last
+    assert [mask.sum() for mask in masks] == [8, 2, 2]  # 12 of 16 stay, one of each output of the last
 
 
 def test_of_equal_values_the_lower_index_is_kept():

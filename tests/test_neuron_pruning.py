@@ -328,7 +328,7 @@ BAD = {
     "criterion": ({"fraction": 0.5, "criterion": "magnitude"}, ValueError, "must be one of 'l1'"),
     "no data": ({"fraction": 0.5, "criterion": "taylor"}, ValueError, "needs `data`"),
     "a generator": ({"fraction": 0.5, "criterion": "apoz", "data": iter([])}, TypeError, "read at every update"),
-    "allocation": ({"fraction": 0.5, "allocation": "erk"}, ValueError, "must be one of 'global', 'uniform'"),
+    "allocation": ({"fraction": 0.5, "allocation": "erk"}, ValueError, "must be one of 'auto', 'global', 'uniform'"),
     "round_to": ({"fraction": 0.5, "round_to": 0}, ValueError, "`round_to` must be an int, at least 1"),
     "min_neurons": ({"fraction": 0.5, "min_neurons": 0.5}, ValueError, "`min_neurons` must be an int"),
     "max_layer_fraction": ({"fraction": 0.5, "max_layer_fraction": 0}, ValueError, r"must be in \(0, 1\]"),

@@ -47,8 +47,8 @@ def test_a_recipe_by_hand():
     rate = {"learning_rate": 0.001}
     assert found == ks.Recipe(
         [
-            PruneNeurons(0.3, criterion="l2", **rate),
-            PruneWeights(0.8, allocation="global", **rate),
+            PruneNeurons(0.3, **rate),
+            PruneWeights(0.8, **rate),
             Quantize(ks.quantizers.LearnedStep(4), "int8", **rate),
             FineTune(0.5, share=1.5, **rate),
         ]
@@ -66,7 +66,7 @@ def test_bits(bits, weights):
 @pytest.mark.parametrize("bits", [None, 32])
 def test_float(bits):
     space = ks.CompressionSpace(sparsity=0, bits=bits)
-    assert recipe(space, neurons=0.5) == ks.Recipe([PruneNeurons(0.5, criterion="l2")])
+    assert recipe(space, neurons=0.5) == ks.Recipe([PruneNeurons(0.5)])
     assert recipe(ks.CompressionSpace(activation_bits=None), neurons=0.0, sparsity=0.0, bits=8) == ks.Recipe(
         [Quantize("int8", None)]
     )

@@ -101,7 +101,7 @@ def test_pruned_layers(model, judge, profile):
         assert profile[path]["sparsity"].values == (0.5, 0.7, 0.8, 0.9, 0.95)
         for index, sparsity in ((1, 0.7), (3, 0.9)):
             copy.set_weights(model.get_weights())
-            ks.prune_weights(copy, sparsity, layers=f"^{path}$")
+            ks.prune_weights(copy, sparsity, layers=f"^{path}$", allocation="uniform")
             assert profile[path]["sparsity"].scores[index] == pytest.approx(judge(copy), abs=1e-6), (path, sparsity)
 
 
@@ -119,7 +119,7 @@ def test_layers_without_some_neurons(model, judge, data, profile):
     copy = copy_of(model)
     for path, index, fraction in (("conv", 0, 0.25), ("conv", 2, 0.75), ("hidden", 1, 0.5)):
         copy.set_weights(model.get_weights())
-        ks.prune_neurons(copy, fraction, layers=path, round_to=1)
+        ks.prune_neurons(copy, fraction, layers=path, round_to=1, criterion="l2")
         score = profile[path]["neurons"].scores[index]
         assert score == pytest.approx(judge(copy), abs=1e-6), (path, fraction)
     assert accuracy(compiled(ks.shrink(copy)), data) == pytest.approx(score, abs=1e-6)
@@ -129,8 +129,8 @@ def test_layers_without_some_neurons(model, judge, data, profile):
 
 def test_all_layers_at_once(model, judge, profile):
     pruned, quantized, narrow = copy_of(model), copy_of(model), copy_of(model)
-    ks.prune_weights(pruned, 0.7)
-    ks.prune_neurons(narrow, 0.5, round_to=1, allocation="uniform")
+    ks.prune_weights(pruned, 0.7, allocation="uniform")
+    ks.prune_neurons(narrow, 0.5, round_to=1, allocation="uniform", criterion="l2")
     for layer in ("conv", "hidden", "logits"):
         kernel = quantized.get_layer(layer).kernel
         kernel.assign(on_grid(kernel.numpy(), 2))
@@ -227,7 +227,7 @@ def test_shared_and_nested_layers(digits):
     kernel.assign(np.where(np.abs(before) >= np.sort(np.abs(before), axis=None)[-before.size // 2], before, 0))
     assert found["shared"]["sparsity"].scores[0] == pytest.approx(accuracy(model, (x, y)), abs=1e-6)
     kernel.assign(before)
-    ks.prune_neurons(model, 0.5, layers="inner", round_to=1)
+    ks.prune_neurons(model, 0.5, layers="inner", round_to=1, criterion="l2")
     assert found["block/inner"]["neurons"].scores[0] == pytest.approx(accuracy(model, (x, y)), abs=1e-6)
     assert ("shared", "neurons") not in {(curve.layer, curve.kind) for curve in found.curves}
 
@@ -245,13 +245,13 @@ def test_neurons_that_a_sum_joins_and_groups(digits):
     assert found.layers == list(groups)
     assert ("logits", "belongs to no group") in found.skipped
     weights = model.get_weights()
-    ks.prune_neurons(model, 0.5, layers=["stem", "outer"], round_to=1)
+    ks.prune_neurons(model, 0.5, layers=["stem", "outer"], round_to=1, criterion="l2")
     assert found["sum"]["neurons"].scores[0] == pytest.approx(accuracy(model, data), abs=1e-6)
     model.set_weights(weights)
-    ks.prune_weights(model, 0.5, layers="inner")  # `outer` belongs to the first group
+    ks.prune_weights(model, 0.5, layers="inner", allocation="uniform")  # `outer` belongs to the first group
     assert found["convolutions"]["sparsity"].scores[0] == pytest.approx(accuracy(model, data), abs=1e-6)
     model.set_weights(weights)
-    ks.prune_weights(model, 0.5, layers=["stem", "inner", "outer", "hidden"])
+    ks.prune_weights(model, 0.5, layers=["stem", "inner", "outer", "hidden"], allocation="uniform")
     assert found["all"]["sparsity"].scores[0] == pytest.approx(accuracy(model, data), abs=1e-6)
 
     listed = sensitivity(model, data, groups=["stem|outer", "hidden"], sparsities=(), neurons=(), bits=(2,))
@@ -283,7 +283,7 @@ def test_a_subclassed_model(digits):
     assert_same(before, [np.array(v) for v in model.weights])
     assert found.kinds == ["sparsity", "bits"]
     assert any("subclassed" in reason for path, reason in found.skipped if path == model.name)
-    ks.prune_weights(model, 0.9, layers="hidden")
+    ks.prune_weights(model, 0.9, layers="hidden", allocation="uniform")
     assert found["hidden"]["sparsity"].scores[1] == pytest.approx(accuracy(model, (x, y)), abs=1e-6)
 
 
@@ -297,7 +297,7 @@ def test_regression(digits):
     model.fit(x, y, epochs=10, verbose=0)
     found = sensitivity(model, (x, y), **FEW)
     assert (found.metric, found.direction) == ("loss", "min")
-    ks.prune_weights(model, 0.9, layers="one")
+    ks.prune_weights(model, 0.9, layers="one", allocation="uniform")
     score = model.evaluate(x, y, verbose=0)
     assert found["one"]["sparsity"].scores[1] == pytest.approx(score, rel=1e-4)
     assert found.drop("one", "sparsity", 0.9) == pytest.approx(score - found.base, rel=1e-4)
@@ -517,7 +517,7 @@ def test_tolerance_grows_with_the_drop_and_makes_a_recipe(model, judge, profile)
             assert values == sorted(values)
     recipe = {f"^{re.escape(path)}$": part for path, part in profile.tolerance("sparsity", 0.01).items()}
     copy = copy_of(model)
-    ks.prune_weights(copy, recipe)
+    ks.prune_weights(copy, recipe, allocation="uniform")
     assert profile.base - judge(copy) < 0.1
     assert ks.summarize(copy).total.sparsity > 0.2
 

@@ -730,7 +730,8 @@ def test_frozen_layers_stay_frozen():
 
 def test_the_native_callback_takes_these_schedules(data):
     model = compiled(net())
-    fit(model, data, 1, [ks.MagnitudePruning(sparsity.PolynomialDecay(0.0, 0.75, 0, 10, frequency=5))])
+    schedule = sparsity.PolynomialDecay(0.0, 0.75, 0, 10, frequency=5)
+    fit(model, data, 1, [ks.MagnitudePruning(schedule, allocation="uniform")])
     assert zeros(model.get_layer("hidden")) == 0.75
 
 

@@ -56,7 +56,7 @@ def test_a_pruned_file_compresses_to_less_than_a_dense_one(digits, tmp_path):
 def test_predictions_equal_those_of_a_plain_model_with_the_weights_masked_by_hand(digits):
     x, _ = digits
     model, plain = small_convnet(), small_convnet()
-    ks.prune_weights(model, 0.6)
+    ks.prune_weights(model, 0.6, allocation="uniform")
     for pruned, dense in zip(model.weights, plain.weights, strict=True):
         if dense.name.endswith("kernel"):
             values = dense.numpy()

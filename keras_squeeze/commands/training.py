@@ -31,7 +31,7 @@ from keras_squeeze.commands.fitting import (
     read_examples,
 )
 from keras_squeeze.graphs import compile_like
-from keras_squeeze.pruning import masks
+from keras_squeeze.pruning import weight_allocation
 from keras_squeeze.quantization.conversion import quantize_aware
 from keras_squeeze.recipe import Recipe
 from keras_squeeze.report import summarize
@@ -53,7 +53,7 @@ def add_prune(commands) -> None:
     whole.add_argument("--neurons", type=float, metavar="F", help="fraction of the neurons to remove, in [0, 1)")
     whole.add_argument("--macs", type=float, metavar="F", help="or the fraction of the MACs to keep, in (0, 1]")
     parser.add_argument("--pattern", default="unstructured", help="of the zeros: 2:4, or a block such as 1x4")
-    known = ", ".join(masks.ALLOCATIONS)
+    known = ", ".join(weight_allocation.ALLOCATIONS)
     for name, what in (("allocation", f"how it is spread: {known}"), ("criterion", "by what the least is chosen")):
         more = "; for weights and for neurons, whichever know the name: may be there twice"
         parser.add_argument(f"--{name}", action="append", metavar="NAME", help=f"{what}{more}")

@@ -6,9 +6,9 @@ from keras import layers
 
 from keras_squeeze.encodings import encode
 from keras_squeeze.graphs import functional_of
-from keras_squeeze.pruning.masks import keep_count
 from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
 from keras_squeeze.pruning.neurons import Neurons, Savings
+from keras_squeeze.pruning.weight_allocation import keep_count
 from keras_squeeze.quantization.placement import LOW_BITS, find_ends
 from keras_squeeze.quantization.quantizers import Affine, Quantizer
 from keras_squeeze.report import grids_of

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import keras
 import numpy as np
 
+from keras_squeeze.selection import read
+
 
 class MaskConstraint(keras.constraints.Constraint):
     """Sets a variable to zero where its mask is False, after the constraint that was there before.
@@ -32,14 +34,21 @@ class MaskConstraint(keras.constraints.Constraint):
 
     def apply(self, mask: np.ndarray) -> None:
         """Changes the mask, and the variable with it."""
-        self.mask.assign(mask)
-        self.variable.assign(self._masked(self.variable))
-        if self.average is not None:
-            self.average.assign(self._masked(self.average))
+        self.mask.value.assign(mask)
+        for variable in (self.variable, self.average):
+            if variable is not None:
+                assign_masked(variable, mask)
 
     def _masked(self, value):
         # Not a product: that would leave -0.0 behind, and NaN where an infinity is pruned.
         return keras.ops.where(self.mask, value, keras.ops.zeros((), value.dtype))
+
+
+def assign_masked(variable: keras.Variable, mask: np.ndarray) -> None:
+    """Sets a variable to zero where a mask is False, without the checks of a Keras assignment, which take longer."""
+    values = read(variable)
+    bits = values.view(f"u{values.dtype.itemsize}")  # neither NaN nor -0.0 are left behind
+    variable.value.assign((bits * mask).view(values.dtype))
 
 
 def attach_masks(variables: Iterable[keras.Variable], model, optimizer, owner: object) -> list[MaskConstraint]:

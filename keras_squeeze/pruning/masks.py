@@ -1,8 +1,8 @@
 """From scores to masks. Pure functions on NumPy arrays; a mask is boolean, True keeps.
 
-A *pattern* says which zeros are allowed, by dividing a weight into units that live or die together. An
-*allocation* says how a target sparsity is spread over several weights. Selection is exact and deterministic:
-of equal scores, the one with the lower index is kept.
+A *pattern* says which zeros are allowed, by dividing a weight into units that live or die together; an *allocation*
+(`weight_allocation.py`) says how many units each of several weights keeps. Selection is exact and deterministic: of
+equal scores, the one with the lower index is kept.
 """
 
 import itertools
@@ -16,8 +16,14 @@ import keras
 import numpy as np
 
 from keras_squeeze.pruning.ranking import mark_largest
-
-ALLOCATIONS = ("uniform", "global", "erk")
+from keras_squeeze.pruning.weight_allocation import (
+    check_allocation,
+    erk_sparsities,
+    floor_count,
+    highest_share,
+    keep_count,
+    round_to_sum,
+)
 
 Expand = Callable[[np.ndarray], np.ndarray]
 """Turns the flat boolean array of kept units into a mask of the weight's shape."""
@@ -48,6 +54,14 @@ class Pattern(ABC):
             boolean array of kept units into a mask.
         """
 
+    @abstractmethod
+    def count(self, shape: tuple[int, ...]) -> int:
+        """Computes how many units a weight of this shape has."""
+
+    @abstractmethod
+    def cover(self, shape: tuple[int, ...], output_axes: Sequence[int]) -> int:
+        """Computes how many units it takes to reach every output once."""
+
     def check(self, shape: tuple[int, ...], name: str) -> None:  # noqa: B027 - most patterns fit every shape
         """Raises a `ValueError` where a weight of this shape cannot have the pattern."""
 
@@ -72,6 +86,12 @@ class Unstructured(Pattern):
         if alive is not None:
             flat = np.where(alive.reshape(-1), flat, -np.inf)
         return flat, lambda keep: keep.reshape(scores.shape)
+
+    def count(self, shape):
+        return math.prod(shape)
+
+    def cover(self, shape, output_axes):
+        return math.prod(shape[axis] for axis in output_axes)
 
     def get_config(self):
         return {}
@@ -125,6 +145,12 @@ class NOfM(Pattern):
 
         return -groups.ravel()[positions], expand
 
+    def count(self, shape):
+        return math.prod(shape)
+
+    def cover(self, shape, output_axes):
+        return 0  # the best n of every group reach every output
+
     def get_config(self):
         return {"n": self.n, "m": self.m}
 
@@ -164,6 +190,14 @@ class Blocks(Pattern):
             return mask
 
         return pooled.ravel(), expand
+
+    def count(self, shape):
+        return self.cover(shape, range(len(shape)))
+
+    def cover(self, shape, output_axes):
+        sizes = dict(self._axes(shape))
+        axes = {axis % len(shape) for axis in output_axes}
+        return math.prod(-(-shape[axis] // sizes.get(axis, 1)) for axis in axes)
 
     def _pool(self, array, reduceat):
         for axis, size in self._axes(array.shape):
@@ -212,6 +246,7 @@ def select_masks(
     pattern="unstructured",
     input_axes: Iterable[int] | None = None,
     alive: Iterable[np.ndarray | None] | None = None,
+    output_axes: Iterable[Sequence[int]] | None = None,
 ) -> list[np.ndarray]:
     """Chooses which values of several weights to keep.
 
@@ -219,12 +254,13 @@ def select_masks(
         scores: One array of scores per weight, of the weight's shape; higher means keep. A generator saves time and
             memory with `"uniform"`, which takes one after the other.
         sparsity: Target in [0, 1), at most what the pattern allows.
-        allocation: `"uniform"`, every weight has the target sparsity; `"global"`, all scores compete, and
-            every weight keeps at least one unit; `"erk"`, weights with more values per input and output are
-            sparser (`erk_sparsities`).
+        allocation: `"uniform"`, every weight has the target sparsity; `"global"`, all scores compete; `"erk"` and
+            `"auto"`, weights with more values per input and output are sparser (`erk_sparsities`). All but `"uniform"`
+            keep in every weight a fifth of the overall density, and one unit of every output.
         pattern: A `Pattern` or what `get_pattern` takes.
         input_axes: For n:m patterns: the axis of each weight along which groups run; default -2.
-        alive: Per weight, False where it is zero already: those are pruned first. None: scores say it all.
+        alive: Per weight, False where it is zero already: those are pruned first. None: scores say it all, 0 for zero.
+        output_axes: The axes of each weight's outputs; default `(-1,)`. An output that is zero altogether stays so.
 
     Returns:
         One boolean mask per weight, True keeps.
@@ -241,25 +277,40 @@ def select_masks(
         itertools.repeat(-2) if input_axes is None else input_axes,
         strict=False,
     )
-    share = min(sparsity / pattern.max_sparsity, 1.0)
-    if allocation == "global":
-        return _select_globally([pattern.units(*part) for part in parts], share, pattern.min_units)
-    shares: Iterable[float] = itertools.repeat(share)
-    if allocation == "erk":
-        known = list(parts)
-        shares = erk_sparsities([weight_scores.shape for weight_scores, _, _ in known], share)
-        parts = zip(*zip(*known, strict=True), strict=True)
-    masks = []
-    for part, weight_share in zip(parts, shares, strict=False):
-        units, expand = pattern.units(*part)
-        masks.append(expand(mark_largest([units], keep_count(units.size, weight_share, pattern.min_units))[0]))
-    return masks
+    share = _share_of_units(sparsity, pattern)
+    if allocation == "uniform":
+        divided = (_Divided(pattern, *part) for part in parts)
+        return [part.mask(part.largest(keep_count(part.size, share, pattern.min_units))) for part in divided]
+    axes = itertools.repeat((-1,)) if output_axes is None else output_axes
+    weights = [_Divided(pattern, *part, outputs) for part, outputs in zip(parts, axes, strict=False)]
+    kept = _keep_globally(weights, share) if allocation == "global" else _keep_by_shape(weights, share)
+    return [part.mask(part.with_every_output(keep)) for part, keep in zip(weights, kept, strict=True)]
 
 
-def check_allocation(allocation) -> None:
-    """Raises a `ValueError` for an unknown allocation."""
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"`allocation` must be one of {', '.join(map(repr, ALLOCATIONS))}. Received: {allocation!r}")
+def check_floors(
+    shapes: Sequence[tuple[int, ...]], output_axes: Sequence[Sequence[int]], sparsity: float, pattern: Pattern
+) -> None:
+    """Raises a `ValueError` where weights that keep what `floor_count` says cannot have the sparsity together."""
+    if not pattern.min_units:
+        return  # what the pattern keeps is above every floor
+    sizes = [pattern.count(shape) for shape in shapes]
+    covers = [_cover(pattern, shape, axes) for shape, axes in zip(shapes, output_axes, strict=True)]
+    highest = highest_share(sizes, covers) * pattern.max_sparsity
+    if sparsity > highest + 1e-9:
+        raise ValueError(
+            f"A sparsity of {sparsity:g} is out of reach: every weight keeps a fifth of the overall density and one "
+            f"value of every output, which allows at most {math.floor(highest * 1e4) / 1e4:g}. Received: sparsity="
+            f"{sparsity:g}. Lower it, select larger layers, or pass allocation='uniform', which has no such floor."
+        )
+
+
+def is_at_floor(mask: np.ndarray, output_axes: Sequence[int], sparsity: float, pattern: Pattern) -> bool:
+    """Whether a weight was kept from losing more by its floor."""
+    if not pattern.min_units:
+        return False
+    units, _ = pattern.units(mask.astype("float32"), None, -2)
+    floor = floor_count(units.size, _cover(pattern, mask.shape, output_axes), _share_of_units(sparsity, pattern))
+    return bool(np.count_nonzero(units) <= floor < units.size)
 
 
 def check_reachable(sparsity: float, pattern: Pattern) -> None:
@@ -271,64 +322,86 @@ def check_reachable(sparsity: float, pattern: Pattern) -> None:
         )
 
 
-def keep_count(size: int, share_pruned: float, at_least: int = 1) -> int:
-    """How many of `size` units stay: `round_half_even(size * (1 - share_pruned))`, but `at_least` so many.
+class _Divided:
+    """One weight as units that live or die together.
 
-    Computed in float32, as tfmot does, so that both keep the same number; from 2**24 on, where float32 cannot
-    count, in float64.
+    Attributes:
+        units: The score of each unit; -inf for what is zero already.
+        size: How many there are.
     """
-    if size < 2**24:
-        kept = np.round(np.float32(size) * (np.float32(1) - np.float32(share_pruned)))
-    else:
-        kept = round(size * (1.0 - share_pruned))
-    return max(int(kept), at_least)
+
+    def __init__(self, pattern: Pattern, scores, alive, input_axis: int, output_axes: Sequence[int] = ()):
+        self.units, self._expand = pattern.units(scores, alive, input_axis)
+        self.size = self.units.size
+        self.shape = scores.shape
+        self._output_axes = output_axes
+        self._cover = _cover(pattern, self.shape, output_axes)
+        self._dead = 0.0 if alive is None else -np.inf  # the score of a unit that is zero already
+
+    def floor(self, share: float) -> int:
+        """The units that stay when a share of all units goes."""
+        return floor_count(self.size, self._cover, share)
+
+    def largest(self, count: int) -> np.ndarray:
+        """Marks the `count` best units."""
+        return mark_largest([self.units], count)[0]
+
+    def mask(self, keep: np.ndarray) -> np.ndarray:
+        return self._expand(keep)
+
+    def with_every_output(self, keep: np.ndarray) -> np.ndarray:
+        """As many units, but one of every output among them that is not zero already."""
+        if not self._cover:
+            return keep
+        axes = sorted(axis % len(self.shape) for axis in self._output_axes)
+        others = tuple(axis for axis in range(len(self.shape)) if axis not in axes)
+        if self._expand(keep).any(axis=others).all():
+            return keep
+        owners = np.moveaxis(self._expand(np.arange(self.size)), axes, range(len(axes)))
+        owners = owners.reshape(math.prod(owners.shape[: len(axes)]), -1)
+        best = owners[np.arange(len(owners)), np.argmax(self.units[owners], axis=1)]
+        forced = np.array(self.units, "float32")
+        forced[best[self.units[best] > self._dead]] = np.inf
+        return mark_largest([forced], int(np.count_nonzero(keep)))[0]
 
 
-def erk_sparsities(shapes: Sequence[tuple[int, ...]], sparsity: float) -> list[float]:
-    """Spreads a sparsity by the Erdos-Renyi-kernel rule: density proportional to `sum(shape) / prod(shape)`.
+def _cover(pattern: Pattern, shape: tuple[int, ...], output_axes: Sequence[int]) -> int:
+    """The units that it takes to reach every output; 0 where outputs have one value each and could not be pruned."""
+    values_per_output = math.prod(shape) // max(math.prod(shape[axis] for axis in output_axes), 1)
+    return pattern.cover(shape, output_axes) if values_per_output > 1 else 0
 
-    Weights that the rule would give a density above 1 stay dense, and the others bear the rest.
 
-    Args:
-        shapes: Shapes of the weights, kernel positions included.
-        sparsity: Target over all weights together.
+def _share_of_units(sparsity: float, pattern: Pattern) -> float:
+    return min(sparsity / pattern.max_sparsity, 1.0)
 
-    Returns:
-        One sparsity per weight; the sparsities average to the target, weighted by size.
 
-    Reference: Evci et al. 2020, "Rigging the Lottery", section 3, https://arxiv.org/abs/1911.11134
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    to_keep = sum(sizes) * (1.0 - sparsity)
-    dense: set[int] = set()
-    while True:
-        sparse = [index for index in range(len(shapes)) if index not in dense]
-        weights = sum(sum(shapes[index]) for index in sparse)
-        scale = (to_keep - sum(sizes[index] for index in dense)) / weights if weights else 0.0
-        too_dense = [index for index in sparse if scale * sum(shapes[index]) > sizes[index]]
-        if not too_dense:
+def _keep_by_shape(weights: Sequence[_Divided], share: float) -> list[np.ndarray]:
+    """Marks the units that stay by the Erdos-Renyi-kernel rule."""
+    with_units = [weight for weight in weights if weight.size]  # a pattern may leave nothing to prune of small ones
+    floors = [weight.floor(share) for weight in with_units]
+    densities = [floor / weight.size for floor, weight in zip(floors, with_units, strict=True)]
+    shares = erk_sparsities([weight.shape for weight in with_units], share, densities)
+    exact = [weight.size * (1.0 - own_share) for weight, own_share in zip(with_units, shares, strict=True)]
+    counts = round_to_sum(exact, keep_count(sum(weight.size for weight in with_units), share, 0))
+    kept = {id(w): max(count, floor) for w, count, floor in zip(with_units, counts, floors, strict=True)}
+    return [weight.largest(kept.get(id(weight), 0)) for weight in weights]
+
+
+def _keep_globally(weights: Sequence[_Divided], share: float) -> list[np.ndarray]:
+    """Marks the best units of all weights together, and in every weight at least its floor."""
+    floors = [weight.floor(share) for weight in weights]
+    count = keep_count(sum(weight.size for weight in weights), share, 0)
+    kept: list[np.ndarray] = [np.zeros(0, bool)] * len(weights)
+    competing = list(range(len(weights)))
+    while competing:
+        marks = mark_largest([weights[index].units for index in competing], count)
+        for index, mark in zip(competing, marks, strict=True):
+            kept[index] = mark
+        low = [index for index in competing if np.count_nonzero(kept[index]) < floors[index]]
+        if not low:
             break
-        dense.update(too_dense)
-    return [0.0 if index in dense else 1.0 - scale * sum(shape) / sizes[index] for index, shape in enumerate(shapes)]
-
-
-def _select_globally(divided: Sequence[tuple[np.ndarray, Expand]], share: float, at_least: int) -> list[np.ndarray]:
-    units = [unit_scores for unit_scores, _ in divided]
-    count = keep_count(sum(u.size for u in units), share, at_least)
-    keep = _keep_globally(units, count) if at_least else mark_largest(units, count)
-    return [expand(kept) for (_, expand), kept in zip(divided, keep, strict=True)]
-
-
-def _keep_globally(units: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-    """The `count` best units of all weights, and at least the best one of each weight."""
-    keep = mark_largest(units, max(count, len(units)))
-    empty = [index for index, kept in enumerate(keep) if not kept.any()]
-    if not empty:
-        return keep
-    for index in empty:
-        keep[index][np.argmax(units[index])] = True
-    others = [index for index in range(len(units)) if index not in empty]
-    again = _keep_globally([units[index] for index in others], count - len(empty)) if others else []
-    for index, kept in zip(others, again, strict=True):
-        keep[index] = kept
-    return keep
+        for index in low:
+            kept[index] = weights[index].largest(floors[index])
+        count -= sum(floors[index] for index in low)
+        competing = [index for index in competing if index not in low]
+    return kept

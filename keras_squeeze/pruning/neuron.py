@@ -1,25 +1,29 @@
 """Neuron pruning: whole neurons become zero, gradually while a model trains or in one shot; `shrink` removes them."""
 
+import math
 import warnings
 
 import keras
 import numpy as np
 
 from keras_squeeze import schedules
+from keras_squeeze.batch_norm import Change
 from keras_squeeze.criteria import batches, check_reusable, inputs_only
+from keras_squeeze.gradients import BATCHES, GradientWindow, GroupProducts
 from keras_squeeze.graphs import require_graph
 from keras_squeeze.pruning import neuron_criteria
 from keras_squeeze.pruning.compensation import remembering
-from keras_squeeze.pruning.constraints import MaskConstraint, attach_masks, detach_masks
+from keras_squeeze.pruning.constraints import MaskConstraint, assign_masked, attach_masks, detach_masks
 from keras_squeeze.pruning.neuron_allocation import Limits
 from keras_squeeze.pruning.neuron_selection import NeuronSelector, Target
 from keras_squeeze.pruning.neurons import Neurons, Savings, widths
 from keras_squeeze.pruning.shrinking import shrink
+from keras_squeeze.pruning.update_cost import FEWEST, NEURONS, OBSERVED, TOO_SHORT, affordable_updates
 from keras_squeeze.report import CompressionReport, summarize
-from keras_squeeze.selection import Layers, check_finite, read, select_layers
+from keras_squeeze.selection import Layers, check_finite, select_layers
 from keras_squeeze.training import CompressionCallback, fraction
 
-ALLOCATIONS = ("global", "uniform")
+ALLOCATIONS = ("auto", "global", "uniform")
 _EXAMPLES = 32  # on which it is measured what an inexact removal changes
 
 
@@ -36,11 +40,12 @@ class NeuronPruning(CompressionCallback):
         target_params: Instead: the fraction of the parameters to keep, in (0, 1].
         layers: Which layers, as in `MagnitudePruning`. Neurons that a sum joins go only together, so all the layers
             that compute them must be selected.
-        allocation: `"global"`: all neurons compete, by scores over the mean of their layer; `"uniform"`: every layer
-            loses the same share.
-        criterion: Which neurons go first: `"l2"`, `"l1"`, `"batch_norm_scale"`, `"geometric_median"`, `"random"`, or
-            with `data` `"taylor"`, `"apoz"`, `"mean_activation"`.
-        data: For the last three: `(x, y)` arrays or a `tf.data.Dataset` of batches.
+        allocation: `"uniform"`: every layer loses the same share; `"global"`: all neurons compete, by scores over the
+            mean of their layer; `"auto"`: `"uniform"`.
+        criterion: Which neurons go first: `"taylor"`, `"l2"`, `"l1"`, `"batch_norm_scale"`, `"geometric_median"`,
+            `"random"`, or with `data` `"apoz"`, `"mean_activation"`. `"auto"` is `"taylor"`: from the gradients
+            that the optimizer gets, in the eight batches before each update, unless there is `data`.
+        data: For criteria that look at data: `(x, y)` arrays or a `tf.data.Dataset` of batches.
         round_to: Widths end at multiples of it, which runtimes compute faster, or stay as they are; 1 = any width.
         min_neurons: Neurons that every layer keeps.
         max_layer_fraction: The largest fraction of a layer's neurons that goes, in (0, 1].
@@ -67,8 +72,8 @@ class NeuronPruning(CompressionCallback):
         target_macs: float | None = None,
         target_params: float | None = None,
         layers: Layers = None,
-        allocation: str = "global",
-        criterion="l2",
+        allocation: str = "auto",
+        criterion="auto",
         data=None,
         round_to: int = 8,
         min_neurons: int = 1,
@@ -81,14 +86,20 @@ class NeuronPruning(CompressionCallback):
         self.layers = layers
         self.limits = Limits(round_to, min_neurons, max_layer_fraction)
         self.allocation = _check_allocation(allocation)
-        self.criterion, self.data = _check_criterion(criterion, data)
+        self.criterion = neuron_criteria.get(criterion)
+        self.data = data
+        _check_data(self.criterion, data, observes=True)
         self.allow_inexact = allow_inexact
         self._selector: NeuronSelector | None = None
         self._constraints: dict[int, MaskConstraint] = {}
+        self._window: GradientWindow[GroupProducts] | None = None
         self._pruned = np.zeros(0, bool)
+        self._course = self.schedule  # with the updates of this run
         self._total_steps: int | None = None
         self._done = -1
-        self._attached = self._diverged = False
+        self._attached = self._diverged = self._costs_too_much = False
+
+    tells_validation = True
 
     def attach(self, model, optimizer, total_steps=None):
         neurons = _neurons(model, self.layers, self.allow_inexact, trainable_only=True)
@@ -103,31 +114,56 @@ class NeuronPruning(CompressionCallback):
         masked = {id(v): v for v, _ in neurons.masks(self._pruned) if v.trainable}
         attached = attach_masks(masked.values(), model, optimizer, self._run)
         self._constraints = dict(zip(masked, attached, strict=True))
+        self._adapt(model, neurons)
+        if isinstance(self.criterion, neuron_criteria.GradientNeuronCriterion) and self.data is None:
+            steps_per_epoch = self._run.steps_per_epoch if self._run else None
+            observer = self.criterion.observe(neurons, optimizer)
+            self._window = GradientWindow(observer, self.origin(optimizer), steps_per_epoch)
+            self._window.open_before(self.next_update, None)
+        prunes = max(self.schedule.initial, self.schedule.final) > 0
+        change = Change(*self._course.span(total_steps), self._course.interval(total_steps))
+        self.follow_statistics(model, optimizer, [change] if prunes else [])
 
     def update(self, step):
         if self._selector is None or not self._attached:
             return
-        due = self.schedule.last_update(step, self._total_steps)
+        due = self._course.last_update(step, self._total_steps)
         if due is None or due <= self._done:
             return
-        progress = self.schedule(due, self._total_steps) / self.schedule.final if self.schedule.final else 1.0
         try:
-            pruned = self._selector.select(progress)
+            pruned = self._choose(step, due)
         except FloatingPointError as error:
             if not self._diverged:
                 warnings.warn(f"Not pruned at step {step}: {error} The zeros stay as they were.", stacklevel=2)
-            self._diverged, self._done = True, due
+            self._diverged, pruned = True, self._pruned
+        if pruned is None:  # it waits for gradients
             return
-        self._pruned, self._done = pruned, due
-        _apply(self._selector.neurons, pruned, self._constraints)
+        self._done = due
+        self._mask(pruned)
+        if pruned.any():
+            self.note_change(due)
+        if self._window is not None:
+            self._window.open_before(self.next_update, due)
+
+    def begin_epoch(self):
+        if self._window is not None:
+            self._window.begin_epoch()
+
+    def end_epoch(self):
+        if self._window is not None:
+            self._window.end_epoch()
 
     def detach(self):
         detach_masks(self._constraints.values())
+        if self._window is not None:
+            self._window.observer.detach()
+            self._window = None
+        self.release_statistics()
         self._constraints, self._attached = {}, False
 
     @property
     def next_update(self):
-        return self.schedule.next_update(self._done, self._total_steps) if self._selector else None
+        return self._course.next_update(self._done, self._total_steps) if self._selector else None
 
     @property
     def reached(self):
@@ -160,11 +196,61 @@ class NeuronPruning(CompressionCallback):
                 "neurons are pruned. Train longer, or let the schedule end earlier.",
                 stacklevel=2,
             )
+        self.warn_of_late_end(step)
         if verbose:
             print(
-                f"keras_squeeze: {pruned:,} of {whole:,} neurons are zero ({pruned / whole:.1%}). "
-                "keras_squeeze.shrink(model) takes them out."
+                f"keras_squeeze: {pruned:,} of {whole:,} neurons are zero ({pruned / whole:.1%}), by criterion "
+                f"{neuron_criteria.name_of(self.criterion)!r}. keras_squeeze.shrink(model) takes them out."
             )
+            wanted = self._selector.target_neurons
+            if self.reached and wanted is not None and abs(pruned / whole - wanted) > 0.01:
+                print(f"keras_squeeze: the target was {wanted:.1%}: {self.limits} allow nothing nearer")
+            if self._costs_too_much:
+                print(f"keras_squeeze: {TOO_SHORT}")
+
+    def _adapt(self, model, neurons: Neurons) -> None:
+        """Gives the schedule as many updates as the run can pay for."""
+        self._course, self._costs_too_much = self.schedule, False
+        if self.schedule.frequency is not None:
+            return
+        begin, end = self.schedule.span(self._total_steps)
+        trainable = [tuple(variable.shape) for variable in model.trainable_variables]
+        sizes = [math.prod(slices.variable.shape) for slices in neurons.entries()]
+        cost = NEURONS.of(sizes) + (BATCHES * OBSERVED.of(sizes) if self.data is None else 0.0)
+        affordable = affordable_updates(self._total_steps or end, trainable, cost)
+        self._course = self.schedule.with_updates(max(affordable, FEWEST))
+        self._costs_too_much = affordable < min(FEWEST, end - begin)
+
+    def _choose(self, step: int, due: int) -> np.ndarray | None:
+        """The neurons that go at an update; None where it waits for gradients."""
+        selector = self._selector
+        assert selector is not None
+        final = self._course.final
+        progress = self._course(due, self._total_steps) / final if final else 1.0
+        if self._window is None:
+            return selector.select(progress)
+        if not progress:
+            return np.zeros(selector.neurons.count, bool)
+        if self._done < 0:  # the run may be one that is resumed
+            dead = selector.neurons.dead_prunable()
+            if step and selector.is_met(dead, progress):
+                return dead
+            if dead.any():
+                _apply(selector.neurons, dead, self._constraints)
+        if not self._window.is_ready(step):
+            return None
+        if self._window.is_blind:
+            raise FloatingPointError(
+                "no gradient reached the optimizer's `apply`. Pass data=(x, y) or a criterion that needs none, such as "
+                f"criterion={neuron_criteria.name_of(neuron_criteria.BEST_WITHOUT_DATA())!r}; or in a training loop of "
+                "your own, call `attach` before the training step is traced."
+            )
+        return selector.select(progress, self._window.observer.values())
+
+    def _mask(self, pruned: np.ndarray) -> None:
+        assert self._selector is not None
+        self._pruned = pruned
+        _apply(self._selector.neurons, pruned, self._constraints)
 
 
 def prune_neurons(
@@ -174,8 +260,8 @@ def prune_neurons(
     target_macs: float | None = None,
     target_params: float | None = None,
     layers: Layers = None,
-    allocation: str = "global",
-    criterion="l2",
+    allocation: str = "auto",
+    criterion="auto",
     data=None,
     round_to: int = 8,
     min_neurons: int = 1,
@@ -191,7 +277,8 @@ def prune_neurons(
         fraction: Fraction of the neurons to remove, in [0, 1).
         target_macs, target_params: Instead: the fraction of the MACs or parameters to keep, in (0, 1].
         layers, allocation, criterion, data, round_to, min_neurons, max_layer_fraction, allow_inexact: As in
-            `NeuronPruning`; frozen layers are pruned, too.
+            `NeuronPruning`; frozen layers are pruned, too. `criterion="auto"` is `"taylor"` for a compiled model and
+            `data=(x, y)`, else the best that needs no data; the report names it.
 
     Returns:
         The report of the masked model: `.widths`, the channels of each layer before and after; `.frozen`, the layers
@@ -210,7 +297,8 @@ def prune_neurons(
     target = Target.make(fraction, target_macs, target_params)
     limits = Limits(round_to, min_neurons, max_layer_fraction)
     allocation = _check_allocation(allocation)
-    criterion, data = _check_criterion(criterion, data)
+    criterion = neuron_criteria.automatic(model, data) if criterion == "auto" else neuron_criteria.get(criterion)
+    _check_data(criterion, data)
     neurons = _neurons(model, layers, allow_inexact)
     selector = NeuronSelector(neurons, target, limits, allocation, criterion, data)
     try:
@@ -220,14 +308,14 @@ def prune_neurons(
     with remembering(model, neurons.masks(pruned)):
         _apply(neurons, pruned, {})
     report = _report(neurons, pruned)
+    report.notes.append(f"criterion: {neuron_criteria.name_of(criterion)}")
     if neurons.graph.inexact_layers:
         report.notes.append(f"{_inexact(neurons)}; {_measured_change(model, data)}")
     report.frozen += selector.stuck
     gone = np.count_nonzero(pruned) / neurons.prunable
     if target.kind == "neurons" and abs(gone - target.value) > 0.01:
         report.notes.append(
-            f"{gone:.1%} of the neurons are pruned and not {target.value:.1%}: round_to={round_to}, min_neurons="
-            f"{min_neurons} and max_layer_fraction={max_layer_fraction} allow nothing nearer"
+            f"{gone:.1%} of the neurons are pruned and not {target.value:.1%}: {limits} allow nothing nearer"
         )
     return report
 
@@ -246,7 +334,7 @@ def _apply(neurons: Neurons, pruned: np.ndarray, constraints: dict[int, MaskCons
     for variable, mask in neurons.masks(pruned):
         constraint = constraints.get(id(variable))
         if constraint is None:
-            variable.assign(np.where(mask, read(variable), 0))
+            assign_masked(variable, mask)
         else:
             constraint.apply(mask)
 
@@ -306,11 +394,11 @@ def _check_allocation(allocation) -> str:
     return allocation
 
 
-def _check_criterion(criterion, data):
-    criterion = neuron_criteria.get(criterion)
-    if criterion.needs_data and data is None:
+def _check_data(criterion, data, *, observes: bool = False) -> None:
+    """Raises where a criterion lacks its data; with `observes`, gradients may come from the training."""
+    is_observable = isinstance(criterion, neuron_criteria.GradientNeuronCriterion)
+    if criterion.needs_data and data is None and not (observes and is_observable):
         raise ValueError(
             f"Criterion {criterion!r} needs `data`: pass data=(x, y) or a dataset of batches. Received: data=None"
         )
     check_reusable(data)
-    return criterion, data

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_squeeze.pruning.neurons import NeuronGroup
 
-_HALVINGS = 40
+_HALVINGS = 24
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Limits:
                 f"`max_layer_fraction` must be in (0, 1]. Received: max_layer_fraction={self.max_layer_fraction!r}"
             )
 
+    def __str__(self) -> str:
+        return (
+            f"round_to={self.round_to}, min_neurons={self.min_neurons} and max_layer_fraction={self.max_layer_fraction}"
+        )
+
     def allowed(self, group: NeuronGroup) -> np.ndarray:
         """The numbers of neurons that a group may keep, ascending; all of them is always one."""
         size = len(group.neurons)
@@ -54,7 +59,7 @@ class Allocation:
     Args:
         groups: The neurons that may go.
         limits: What every layer keeps.
-        kind: `"uniform"`, every layer loses the same share; `"global"`, all neurons compete by score.
+        kind: `"uniform"` or `"auto"`, every layer loses the same share; `"global"`, all neurons compete by score.
         count: How many neurons the model has.
     """
 
@@ -115,7 +120,7 @@ class Allocation:
 
     def _wanted(self, scores: np.ndarray, share: float) -> list[float]:
         """Neurons that every group would keep if its width could be anything."""
-        if self._kind == "uniform" or not self._groups:
+        if self._kind in ("auto", "uniform") or not self._groups:
             return [len(group.neurons) * (1.0 - share) for group in self._groups]
         everything = np.concatenate([scores[group.neurons] for group in self._groups])
         gone = np.zeros(len(everything), bool)

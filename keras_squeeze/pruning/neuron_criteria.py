@@ -11,7 +11,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_squeeze.criteria import batch_gradients
+from keras_squeeze.criteria import batch_gradients, batches
+from keras_squeeze.gradients import GroupProducts
+from keras_squeeze.pruning.channels import Slices
 from keras_squeeze.pruning.neurons import Neurons
 from keras_squeeze.pruning.observing import observe
 from keras_squeeze.selection import read
@@ -155,16 +157,28 @@ class _DataCriterion(NeuronCriterion):
         return {"num_batches": self.num_batches}
 
 
+class GradientNeuronCriterion(_DataCriterion):
+    """Base class of those for which the gradients of the training do as well as `data`."""
+
+    @abstractmethod
+    def observe(self, neurons: Neurons, optimizer) -> GroupProducts:
+        """Begins to sum up, while the model trains, what `values` then gives as scores."""
+
+
 @keras.saving.register_keras_serializable("keras_squeeze")
-class Taylor(_DataCriterion):
+class Taylor(GradientNeuronCriterion):
     """`|sum of dL/dw * w|` over the weights of a neuron, averaged over batches: what the loss would change by.
 
     Reference: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning",
         https://arxiv.org/abs/1906.10771
     """
 
+    def observe(self, neurons, optimizer):
+        slices = [(each.variable, each.axis, neurons.classes[each.ids]) for each in _weights_of(neurons)]
+        return GroupProducts(neurons.model, optimizer, slices, neurons.count)
+
     def scores(self, neurons, data=None):
-        entries = [slices for slices in neurons.entries() if not slices.variable.name.startswith("moving_")]
+        entries = _weights_of(neurons)
         weights = [slices.variable for slices in entries]
         scores, seen = np.zeros(neurons.count), 0
         for gradients in batch_gradients(neurons.model, weights, data, num_batches=self.num_batches):
@@ -175,6 +189,11 @@ class Taylor(_DataCriterion):
             scores += np.abs(sums)
             seen += 1
         return scores / seen
+
+
+def _weights_of(neurons: Neurons) -> list[Slices]:
+    """The slices of neurons that are trained."""
+    return [slices for slices in neurons.entries() if not slices.variable.name.startswith("moving_")]
 
 
 class _ActivationCriterion(_DataCriterion):
@@ -227,7 +246,27 @@ _CRITERIA: dict[str, Callable[[], NeuronCriterion]] = {
     "taylor": Taylor,
     "geometric_median": GeometricMedian,
     "random": RandomNeurons,
+    "auto": Taylor,  # unless there is nothing to take gradients on: see `automatic`
 }
+
+
+BEST_WITHOUT_DATA = L1
+"""What `"auto"` is where there is nothing to take gradients on: of those that fit every model and need no data, one of
+the two that lose least in `benchmarks/neuron_criteria.py`."""
+
+
+def automatic(model: keras.Model, data) -> NeuronCriterion:
+    """What `"auto"` is in one shot: `Taylor` for a compiled model and data with targets, else `BEST_WITHOUT_DATA`."""
+    if data is not None and getattr(model, "compiled", False):
+        _, targets, _ = next(batches(data, 1))
+        if targets is not None:
+            return Taylor()
+    return BEST_WITHOUT_DATA()
+
+
+def name_of(criterion: NeuronCriterion) -> str:
+    """The name under which users know a criterion."""
+    return next((name for name, cls in _CRITERIA.items() if type(criterion) is cls), repr(criterion))
 
 
 def get(identifier) -> NeuronCriterion:

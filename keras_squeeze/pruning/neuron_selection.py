@@ -8,6 +8,8 @@ from keras_squeeze import schedules
 from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
 from keras_squeeze.pruning.neurons import NeuronGroup, Neurons, Savings
 
+_ROUNDING = 0.02  # of the neurons: where all compete, how many widths allow depends a little on their scores
+
 
 @dataclass(frozen=True)
 class Target:
@@ -59,13 +61,23 @@ class NeuronSelector:
         self.stuck = [(group.name, _stuck_reason(group, limits)) for group in self._allocation.stuck]
         self._check_reachable()
 
-    def select(self, progress: float) -> np.ndarray:
+    @property
+    def target_neurons(self) -> float | None:
+        """The fraction of the neurons that the target asks to remove; None where it is a budget."""
+        return self._target.value if self._target.kind == "neurons" else None
+
+    def select(self, progress: float, scores: np.ndarray | None = None) -> np.ndarray:
         """Boolean per neuron: those that go at this fraction of the way; what is zero already goes first.
+
+        Args:
+            progress: 0 is the whole model, 1 the target.
+            scores: Those of the criterion, where they are known; one per neuron.
 
         Raises:
             FloatingPointError: scores are not finite.
         """
-        scores = self._criterion.scores(self.neurons, self._data)
+        if scores is None:
+            scores = self._criterion.scores(self.neurons, self._data)
         bad = [group.name for group in self.neurons.groups if not np.isfinite(scores[group.neurons]).all()]
         if bad:
             raise FloatingPointError(f"NaN or infinite scores of the neurons of {', '.join(bad)}.")
@@ -80,9 +92,14 @@ class NeuronSelector:
             )
         return self._allocation.prune(scores, lambda pruned: self._left(pruned) <= target.value * self._whole)
 
+    def is_met(self, pruned: np.ndarray, progress: float) -> bool:
+        """Whether the neurons that are marked are as many as the target asks for at this fraction of the way."""
+        as_many = np.count_nonzero(self.select(progress, np.where(pruned, 0.0, 1.0)))
+        return bool(np.count_nonzero(pruned) >= as_many - _ROUNDING * self.neurons.prunable)
+
     def check(self) -> None:
         """Raises what a criterion with data would raise at its first update."""
-        if self._criterion.needs_data:
+        if self._criterion.needs_data and self._data is not None:
             self._criterion.scores(self.neurons, self._data)
 
     def _left(self, pruned: np.ndarray) -> float:
@@ -110,7 +127,4 @@ class NeuronSelector:
 def _stuck_reason(group: NeuronGroup, limits: Limits) -> str:
     if len(group.neurons) == 1:
         return "it has only one that could go, and one stays"
-    return (
-        f"too narrow for round_to={limits.round_to}, min_neurons={limits.min_neurons} and max_layer_fraction="
-        f"{limits.max_layer_fraction}; a smaller `round_to` prunes it"
-    )
+    return f"too narrow for {limits}; a smaller `round_to` prunes it"

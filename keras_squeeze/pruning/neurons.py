@@ -97,6 +97,13 @@ class Neurons:
             alive[self.classes[slices.ids[nonzero]]] = True
         return ~alive
 
+    def dead_prunable(self) -> np.ndarray:
+        """Boolean per neuron: those of the `dead` that can be removed."""
+        prunable = np.zeros(self.count, bool)
+        for group in self.groups:
+            prunable[group.neurons] = True
+        return self.dead() & prunable
+
     def _reasons(self, inexact, chosen, trainable_only) -> dict[int, str]:
         """Why neurons stay."""
         reasons = self.graph.frozen(self.classes)

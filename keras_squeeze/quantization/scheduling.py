@@ -1,11 +1,11 @@
 """When quantization starts, how its bits anneal, and when ranges and statistics freeze."""
 
-import functools
 import warnings
 from collections.abc import Sequence
 
 import keras
 
+from keras_squeeze.batch_norm import Change, freeze_statistics
 from keras_squeeze.graphs import functional_of
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.placement import LOW_BITS, find_ends
@@ -28,7 +28,8 @@ class QuantizationSchedule(CompressionCallback):
     Args:
         delay: Until then the model trains in float; ranges of activations are measured meanwhile.
         freeze: From then on, ranges of activations stay as they are, and batch normalization uses its moving statistics
-            and leaves them as they are, so that training ends with what inference computes. 1.0: never.
+            and leaves them as they are, so that training ends with what inference computes. 1.0: never. Until then they
+            follow the network, from `delay` on: see `keras_squeeze.batch_norm`.
         num_bits: How the bits of weights with a grid of 2 to 16 bits change: a list such as `[8, 4, 2]`, spread evenly
             from `delay` to `freeze`, the last one from `freeze` on at the latest; or `{regular expression: list}`, by
             the path of a layer inside the model. None: they stay. Where a list goes below 4 bits, the first and the
@@ -100,6 +101,8 @@ class QuantizationSchedule(CompressionCallback):
         self._set_frozen(False)  # an interrupted `fit` may have left the model frozen
         self._times = delay, delay + ramp, freeze
         self._last = to_steps(self.freeze, total_steps) if annealed else 0
+        stages = [self._stage_begin(len(bits) - 1, len(bits)) for _, bits in annealed]
+        self.follow_statistics(model, optimizer, [Change(delay, max([delay + ramp, *stages]))])
         if self._run is None:  # `fit` says at which step it begins
             self.update(0)
 
@@ -121,6 +124,7 @@ class QuantizationSchedule(CompressionCallback):
         if self._frozen:
             self._set_frozen(False)
             self._trace_anew()
+        self.release_statistics()
         self._model = None
 
     @property
@@ -219,21 +223,13 @@ class QuantizationSchedule(CompressionCallback):
         self._frozen = frozen
         for quantize in self._quantizers:
             quantize.frozen = frozen
-        for norm in self._norms:
-            if frozen:
-                norm.call = functools.partial(_with_moving_statistics, type(norm).call, norm)
-            elif "call" in vars(norm):
-                del norm.call
+        freeze_statistics(self._norms, frozen)
 
     def _trace_anew(self) -> None:
         if self._model is not None:
             self._model.test_function = self._model.predict_function = None
         if self._run is not None:
             self._run.trace_anew()
-
-
-def _with_moving_statistics(call, norm, *args, **kwargs):
-    return call(norm, *args, **{**kwargs, "training": False})
 
 
 def _wrappers(layer, path: str):

@@ -141,7 +141,9 @@ class Sensitivity:
         Example:
 
         ```python
-        ks.prune_weights(model, {f"^{re.escape(path)}$": s for path, s in profile.tolerance("sparsity", 0.01).items()})
+        tolerance = profile.tolerance("sparsity", 0.01)
+        by_path = {f"^{re.escape(path)}$": sparsity for path, sparsity in tolerance.items()}
+        ks.prune_weights(model, by_path, allocation="uniform")
         ```
         """
         return {curve.layer: self.strongest(curve.layer, kind, max_drop) for curve in self._of_layers(kind)}

@@ -81,7 +81,8 @@ class CompressionSpace:
             integers, 32 or None float.
         activation_bits: Of the activations, where weights have fewer than 32; always choices. 32 or None: float.
         criterion: By which neurons go: a name or choices of names, as in `NeuronPruning`.
-        allocation: How sparsity is spread: `"global"`, `"uniform"`, `"erk"`, or choices of these.
+        allocation: How sparsity is spread: `"auto"`, `"global"`, `"uniform"`, `"erk"`, or choices of these. Within the
+            layers of a group it is spread evenly.
         groups: `{name: regular expression}`: groups of layers that get `bits` and `sparsity` of their own, named
             `bits/name` and `sparsity/name`. Layers in no group stay dense and in float. `per_layer` makes a group of
             every layer.
@@ -107,8 +108,8 @@ class CompressionSpace:
         sparsity=(0.0, 0.95),
         bits=(8, 4, 2, 1),
         activation_bits=8,
-        criterion="l2",
-        allocation="global",
+        criterion="auto",
+        allocation="auto",
         groups: Mapping[str, str] | None = None,
         schedule_end=0.75,
         learning_rate=None,
@@ -197,7 +198,7 @@ class CompressionSpace:
         return PruneNeurons(_schedule(neurons, end), criterion=criterion, **rate) if neurons else None
 
     def _weights(self, hp, bits: dict[str, int], end: float, rate: dict) -> Step | None:
-        """Within a group of layers weights compete, between groups they do not."""
+        """The step that prunes weights; groups of layers have a schedule each."""
         if not self.sparsity.may_be_positive:
             return None
         schedules: dict[str, Any] = {}
@@ -206,7 +207,7 @@ class CompressionSpace:
             with self._where_zeros_can_be(hp, group):
                 sparsity = self.sparsity.value(hp, _name("sparsity", group))
                 with self.sparsity.where_positive(hp, _name("sparsity", group)):
-                    allocation = "uniform" if self.groups else self.allocation.value(hp)
+                    allocation = None if self.groups else self.allocation.value(hp)
             if sparsity and bits[group] != 1:
                 schedules[group] = _schedule(sparsity, end)
         if not schedules:
@@ -214,7 +215,7 @@ class CompressionSpace:
         if not self.groups:
             return PruneWeights(schedules[""], allocation=allocation, **rate)
         by_path = {self.groups[group]: schedule for group, schedule in schedules.items()}
-        return PruneWeights(by_path, layers=list(by_path), **rate)
+        return PruneWeights(by_path, layers=list(by_path), allocation="uniform", **rate)
 
     def _where_zeros_can_be(self, hp, group: str):
         """A binary grid has no zero; `sparsity` is inactive there."""

@@ -26,7 +26,7 @@ class LayerPruning(MagnitudePruning):
     def __init__(self, wrapper):
         complete = wrapper.pattern.max_sparsity if isinstance(wrapper.pattern, NOfM) else None
         self.course = course_of(wrapper.pruning_schedule, complete)
-        super().__init__(self.course, pattern=wrapper.pattern)
+        super().__init__(self.course, allocation="uniform", pattern=wrapper.pattern)
         self.wrapper = wrapper
         self.driver: CompressionCallback | None = None  # during `fit`
         self.by_hand = False  # in a training loop of the user's own
@@ -40,6 +40,9 @@ class LayerPruning(MagnitudePruning):
     def find_groups(self, model):
         weights = tuple(self.wrapper.weights_to_prune())
         return [WeightGroup(self.course, [CompressibleLayer(self.wrapper.name, self.wrapper.layer, weights, ())])]
+
+    def adapt(self, model, optimizer):
+        """Leaves updates and batch normalization as they are in tfmot."""
 
     def attach(self, model, optimizer, total_steps=None):
         attributes = vars(self.wrapper.layer)
