@@ -3,6 +3,9 @@
 Timed is what the callback does at one update: `MagnitudePruning(..., allocation="global").update(step)` on a built
 model. Beside it, `numpy.partition(numpy.abs(flat), k)` on the same weights, already joined in one array: no exact
 selection of a threshold can do much less.
+
+`--constants` measures instead what `keras_squeeze/pruning/update_cost.py` takes an update and a training step to cost:
+stacks of Dense layers of several sizes and depths, one thread, least squares over the relative errors.
 """
 
 import functools
@@ -185,8 +188,110 @@ def bars(results: list[Result]) -> list[Bar]:
     ]
 
 
+STACKS = ((2, 32), (2, 256), (2, 1024), (8, 32), (8, 256), (8, 640), (24, 32), (24, 256))  # layers, width
+COSTS = ("STEP", "WEIGHTS", "NEURONS", "OBSERVED")
+
+
+def time_stack(layers: int, width: int, repetitions: int) -> dict[str, tuple[list[int], float]]:
+    """Measures the costs of one stack of Dense layers: `{constant: (sizes of the arrays, microseconds)}`."""
+    import keras
+    import tensorflow as tf
+
+    import keras_squeeze as ks
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    x, y = np.zeros((32, width), "float32"), np.zeros((32, width), "float32")
+
+    def model():
+        dense = [keras.layers.Dense(width, activation="relu") for _ in range(layers)]
+        built = keras.Sequential([keras.Input((width,)), *dense])
+        built.compile("adam", "mse")
+        return built
+
+    def median(function) -> float:
+        seconds = []
+        for _ in range(repetitions + 1):
+            begin = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - begin)
+        return 1e6 * statistics.median(seconds[1:])
+
+    plain = model()
+    kernels = [math.prod(layer.kernel.shape) for layer in plain.layers]
+    trainable = [math.prod(variable.shape) for variable in plain.trainable_variables]
+    data = tf.data.Dataset.from_tensors((x, y)).repeat()
+    plain.make_train_function()
+    iterator = iter(plain.distribute_strategy.experimental_distribute_dataset(data))
+    step = median(lambda: plain.train_function(iterator))
+    schedule = ks.schedules.PolynomialDecay(0.9, begin=0, end=10_000, frequency=1)
+    weights, neurons = ks.MagnitudePruning(schedule), ks.NeuronPruning(schedule, criterion="l1", round_to=1)
+    times = {"STEP": (trainable, step)}
+    for name, pruning in (("WEIGHTS", weights), ("NEURONS", neurons)):
+        pruned = model()
+        pruning.attach(pruned, pruned.optimizer, total_steps=10_000)
+        steps = iter(range(1, 10_000))
+        times[name] = kernels if name == "WEIGHTS" else trainable, median(lambda: pruning.update(next(steps)))  # noqa: B023
+        pruning.detach()
+    times["OBSERVED"] = trainable, max(_time_observed(model(), data, median) - step, 1.0)
+    return times
+
+
+def _time_observed(model, data, median) -> float:
+    """Times a training step in which the gradients of all neurons are recorded."""
+    from keras_squeeze.pruning import neuron_criteria
+    from keras_squeeze.pruning.neurons import Neurons
+
+    observer = neuron_criteria.Taylor().observe(Neurons(model), model.optimizer)
+    model.make_train_function()
+    iterator = iter(model.distribute_strategy.experimental_distribute_dataset(data))
+    microseconds = median(lambda: model.train_function(iterator))
+    observer.detach()
+    return microseconds
+
+
+def fit_cost(samples: list[tuple[list[int], float]]) -> np.ndarray:
+    """Fits `fixed + per_array * arrays + per_thousand * values / 1000`, none below 0, to microseconds."""
+    from scipy.optimize import nnls
+
+    rows = np.array([[1.0, len(sizes), sum(sizes) / 1000] for sizes, _ in samples])
+    times = np.array([microseconds for _, microseconds in samples])
+    return nnls(rows / times[:, None], np.ones(len(times)))[0]
+
+
+def constants_table(repetitions: int, on_run) -> str:
+    """Measures all stacks, each in a process of its own, and sets the fitted constants beside those in use."""
+    from keras_squeeze.pruning import update_cost
+
+    samples: dict[str, list] = {name: [] for name in COSTS}
+    for layers, width in STACKS:
+        with own_process() as process:
+            for name, sample in process.submit(time_stack, layers, width, repetitions).result().items():
+                samples[name].append(sample)
+        on_run()
+    rows = []
+    for name in COSTS:
+        used = getattr(update_cost, name)
+        fitted = fit_cost(samples[name])
+        ratios = [used.of(sizes) / microseconds for sizes, microseconds in samples[name]]
+        texts = (
+            f"{value:.3g} ({own:g})"
+            for value, own in zip(fitted, (used.fixed, used.per_array, used.per_thousand), strict=True)
+        )
+        rows.append((name, *texts, f"{min(ratios):.2f} to {max(ratios):.2f}"))
+    header = (
+        "microseconds",
+        "fixed (in use)",
+        "per array (in use)",
+        "per 1,000 values (in use)",
+        "in use over measured",
+    )
+    return tables.markdown(header, rows)
+
+
 def parse_arguments():
     parser = tables.make_parser(__doc__)
+    parser.add_argument("--constants", action="store_true", help="measure the constants of update_cost.py instead")
     parser.add_argument("--weights", type=int, default=100_000_000, help="size of the model (100 million)")
     parser.add_argument("--repetitions", type=int, default=7, help="timed repetitions of each side (7)")
     parser.add_argument("--memory-runs", type=int, default=3, help="processes in which memory is measured (3)")
@@ -196,10 +301,25 @@ def parse_arguments():
     return args
 
 
+def write_constants(args, console: Console) -> None:
+    """Measures and prints the constants, and writes them with `--write`."""
+    repetitions = 2 if args.quick else 30
+    with progress_bar(console) as progress:
+        task = progress.add_task("stacks", total=len(STACKS))
+        table = constants_table(repetitions, functools.partial(advance, progress, task))
+    text = f"{table}\n\nMedians of {repetitions} repetitions, batch 32, one thread. {tables.machine()}"
+    console.print(text, soft_wrap=True, markup=False)
+    if args.write:
+        tables.write("update_costs", text)
+
+
 def main() -> None:
     args = parse_arguments()
     console = Console()
     warn_if_busy(console)
+    if args.constants:
+        write_constants(args, console)
+        return
     cases = [Case(args.weights, *change) for change in ((0.0, 0.03), (0.0, 0.5), (0.8, 0.81))]
     results = []
     with progress_bar(console) as progress:

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import tables
-from characters import CLASSES, SIZE, characters
+from characters import characters
 from measuring import Bar, advance, bars_table, progress_bar, warn_if_busy
+from networks import build_characters as _network
+from networks import compile_network as _compile
+from networks import use_one_thread as _one_thread
 from rich.console import Console
 
 LIMIT = 0.5  # points
@@ -52,30 +55,6 @@ class Mean:
 @functools.lru_cache(maxsize=1)
 def _data(plan: Plan):
     return characters(plan.train, seed=1), characters(plan.test, seed=2)
-
-
-def _network(keras):
-    layers = keras.layers
-    blocks = []
-    for filters, size in ((32, 5), (64, 3)):
-        blocks.append(layers.Conv2D(filters, size, strides=2, padding="same", use_bias=False))
-        blocks += [layers.BatchNormalization(), layers.ReLU()]
-    head = [layers.Flatten(), layers.Dense(256, use_bias=False), layers.BatchNormalization(), layers.ReLU()]
-    return keras.Sequential([keras.Input((SIZE, SIZE, 1)), *blocks, *head, layers.Dense(len(CLASSES))])
-
-
-def _compile(keras, model, rate):
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
-    return model
-
-
-def _one_thread() -> None:
-    """Small networks train faster next to each other than on several threads."""
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
 def train_dense(plan: Plan, seed: int) -> list[np.ndarray]:

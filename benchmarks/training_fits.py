@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from networks import build_resnet8
 
 SPARSITY = 0.9
 
@@ -157,21 +158,8 @@ def _mlp(keras):
 
 
 def _resnet8(keras):
-    """Three residual blocks of 16, 32 and 64 filters, with batch normalization: 78 thousand weights."""
-
-    def convolve(tensor, filters, size=3, strides=1):
-        tensor = keras.layers.Conv2D(filters, size, strides, padding="same", use_bias=False)(tensor)
-        return keras.layers.BatchNormalization()(tensor)
-
-    inputs = keras.Input(_SHAPES["resnet8"])
-    outputs = keras.layers.ReLU()(convolve(inputs, 16))
-    for filters, strides in ((16, 1), (32, 2), (64, 2)):
-        shortcut = outputs if strides == 1 else convolve(outputs, filters, 1, strides)
-        outputs = keras.layers.ReLU()(convolve(outputs, filters, 3, strides))
-        outputs = keras.layers.Add()([convolve(outputs, filters), shortcut])
-        outputs = keras.layers.ReLU()(outputs)
-    outputs = keras.layers.GlobalAveragePooling2D()(outputs)
-    return keras.Model(inputs, keras.layers.Dense(10)(outputs))
+    """The network of the bars, for color pictures of 10 classes."""
+    return build_resnet8(keras, _SHAPES["resnet8"], classes=10)
 
 
 _NETWORKS = {"mlp": _mlp, "resnet8": _resnet8}
