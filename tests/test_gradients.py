@@ -345,7 +345,7 @@ def test_the_window_by_hand():
     observer.batches = 3
     assert window.is_ready(34)
     observer.batches = 0
-    assert not window.is_ready(50)  # an epoch begins
+    assert not window.is_ready(40)  # an epoch has begun
     assert window.is_ready(33 + 2 * BATCHES)  # nothing is being recorded
     observer.batches = 1
     assert window.is_ready(50)  # an epoch ends

@@ -342,7 +342,9 @@ def test_a_budget_of_macs_is_met():
     model = NETWORKS["grouped queries"]()
     before = ks.summarize(model).total.macs
     randomize(model, 5)
-    ks.prune_neurons(model, target_macs=0.5, round_to=1)
+    ks.prune_neurons(
+        model, target_macs=0.5, round_to=1, allocation="global"
+    )  # one after the other: not many to choose from
     assert 0.4 * before < ks.summarize(ks.shrink(model)).total.macs <= 0.5 * before
 
 
