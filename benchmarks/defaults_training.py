@@ -108,7 +108,7 @@ def train_row(job: Job, dense_epochs: int | None = None) -> dict:
         The row: all settings and the measurements. After an error `accuracy` is None and `error` says why.
     """
     begin = time.perf_counter()
-    row = {**job.fields, "code": _package_digest(), "accuracy": None, "error": None}
+    row = {**job.fields, "code": package_digest(), "accuracy": None, "error": None}
     gc.collect()
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -208,7 +208,7 @@ def _network(name: str, dense_epochs: int | None) -> Network:
 
 
 @functools.cache
-def _package_digest() -> str:
+def package_digest() -> str:
     """Hashes the sources that pruning depends on, so that rows of different versions can be told apart."""
     import keras_squeeze
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import tables
 from defaults_rows import Rows
-from defaults_training import DEFAULTS, RATE, Cell, Job, Settings, _package_digest, plan_epochs, prepare_dense
+from defaults_training import DEFAULTS, RATE, Cell, Job, Settings, package_digest, plan_epochs, prepare_dense
 from measuring import Bar, advance, bars_table, own_process, progress_bar, warn_if_busy
 from networks import NETWORKS, compile_network, measure_accuracy, use_one_thread
 from neuron_criteria import Mean
@@ -92,7 +92,7 @@ def train_row(job: Job, dense_weights: list[np.ndarray], dense: float) -> dict:
     model = _fit_pruned(keras, model, job, (x[order], y[order]), options)
     return {
         **job.fields,
-        "code": _package_digest() if job.settings == OURS else "tfmot",
+        "code": package_digest() if job.settings == OURS else "tfmot",
         "error": None,
         "dense": dense,
         "accuracy": measure_accuracy(network, model),
