@@ -9,6 +9,7 @@ stacks of Dense layers of several sizes and depths, one thread, least squares ov
 """
 
 import functools
+import itertools
 import math
 import pathlib
 import statistics
@@ -198,6 +199,8 @@ def time_stack(layers: int, width: int, repetitions: int) -> dict[str, tuple[lis
     import tensorflow as tf
 
     import keras_squeeze as ks
+    from keras_squeeze.pruning import neuron_criteria
+    from keras_squeeze.pruning.neurons import Neurons
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -209,45 +212,45 @@ def time_stack(layers: int, width: int, repetitions: int) -> dict[str, tuple[lis
         built.compile("adam", "mse")
         return built
 
-    def median(function) -> float:
-        seconds = []
-        for _ in range(repetitions + 1):
-            begin = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - begin)
-        return 1e6 * statistics.median(seconds[1:])
+    def start(trained):
+        """Returns a function that makes one training step."""
+        data = tf.data.Dataset.from_tensors((x, y)).repeat()
+        trained.make_train_function()
+        iterator = iter(trained.distribute_strategy.experimental_distribute_dataset(data))
+        return lambda: trained.train_function(iterator)
 
-    plain = model()
+    plain, observed = model(), model()
+    observer = neuron_criteria.Taylor().observe(Neurons(observed), observed.optimizer)
     kernels = [math.prod(layer.kernel.shape) for layer in plain.layers]
     trainable = [math.prod(variable.shape) for variable in plain.trainable_variables]
-    data = tf.data.Dataset.from_tensors((x, y)).repeat()
-    plain.make_train_function()
-    iterator = iter(plain.distribute_strategy.experimental_distribute_dataset(data))
-    step = median(lambda: plain.train_function(iterator))
+    step, with_observer = _time_in_turn([start(plain), start(observed)], repetitions)
+    observer.detach()
+    times = {"STEP": (trainable, step), "OBSERVED": (trainable, max(with_observer - step, 1.0))}
     schedule = ks.schedules.PolynomialDecay(0.9, begin=0, end=10_000, frequency=1)
     weights, neurons = ks.MagnitudePruning(schedule), ks.NeuronPruning(schedule, criterion="l1", round_to=1)
-    times = {"STEP": (trainable, step)}
     for name, pruning in (("WEIGHTS", weights), ("NEURONS", neurons)):
-        pruned = model()
+        pruned, counts = model(), itertools.count(1)
         pruning.attach(pruned, pruned.optimizer, total_steps=10_000)
-        steps = iter(range(1, 10_000))
-        times[name] = kernels if name == "WEIGHTS" else trainable, median(lambda: pruning.update(next(steps)))  # noqa: B023
+
+        def update(pruning=pruning, counts=counts) -> None:
+            pruning.update(next(counts))
+
+        # A step before every update: in training, what an update reads is in no cache.
+        _, microseconds = _time_in_turn([start(pruned), update], repetitions)
+        times[name] = kernels if name == "WEIGHTS" else trainable, microseconds
         pruning.detach()
-    times["OBSERVED"] = trainable, max(_time_observed(model(), data, median) - step, 1.0)
     return times
 
 
-def _time_observed(model, data, median) -> float:
-    """Times a training step in which the gradients of all neurons are recorded."""
-    from keras_squeeze.pruning import neuron_criteria
-    from keras_squeeze.pruning.neurons import Neurons
-
-    observer = neuron_criteria.Taylor().observe(Neurons(model), model.optimizer)
-    model.make_train_function()
-    iterator = iter(model.distribute_strategy.experimental_distribute_dataset(data))
-    microseconds = median(lambda: model.train_function(iterator))
-    observer.detach()
-    return microseconds
+def _time_in_turn(functions: list, repetitions: int) -> list[float]:
+    """Calls functions in turn; the median of each in microseconds, the first call left out."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(repetitions + 1):
+        for function, own in zip(functions, seconds, strict=True):
+            begin = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - begin)
+    return [1e6 * statistics.median(own[1:]) for own in seconds]
 
 
 def fit_cost(samples: list[tuple[list[int], float]]) -> np.ndarray:

@@ -162,6 +162,7 @@ class FitRun:
         self._origin = 0  # the optimizer's count when this run, or the one that it resumes, began
         self._step = 0  # known for sure
         self._batches = 0  # executed since `_step` was known
+        self._logs: dict[str, float] | None = None  # as long as nothing changes
         self._validation: dict[str, Mapping[str, float]] = {}  # logs by when they were written
         self._iterator: Any = None
         self._train_function: Any = None
@@ -206,8 +207,7 @@ class FitRun:
         try:
             for callback in self.callbacks:
                 callback.attach(self._model, self._model.optimizer, total_steps)
-            for callback in self.callbacks:
-                callback.update(self._step)
+            self._update_all()
         except Exception:
             self._abandon()
             raise
@@ -217,11 +217,20 @@ class FitRun:
         """Reads the clock and does what is due."""
         self._step = self._iterations() - self._origin
         self._batches = 0
+        self._update_all()
+
+    def _update_all(self) -> None:
+        self._logs = None
         for callback in self.callbacks:
             callback.update(self._step)
 
     def logs(self) -> dict[str, float]:
         """The fraction that is done, by name."""
+        if self._logs is None:
+            self._logs = self._sum_up()
+        return self._logs
+
+    def _sum_up(self) -> dict[str, float]:
         found: dict[str, dict[Hashable, tuple[int, int]]] = {}
         for callback in self.callbacks:
             for name, parts in callback.progress().items():
@@ -262,6 +271,7 @@ class FitRun:
         callback.detach()
         callback._run = None
         self.callbacks.remove(callback)
+        self._logs = None
         if not self.callbacks:
             self._close()
 

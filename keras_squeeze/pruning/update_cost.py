@@ -40,19 +40,19 @@ class Cost:
         return self.fixed + self.per_array * len(sizes) + self.per_thousand * sum(sizes) / 1000
 
 
-STEP = Cost(fixed=1000, per_array=100, per_thousand=4.0)
+STEP = Cost(fixed=550, per_array=55, per_thousand=6.5)
 """One training step, from a model's trainable weights; without what `CONVOLUTION` adds."""
 
-CONVOLUTION = 700
+CONVOLUTION = 1500
 """What a kernel that moves over a picture adds to a step: it is read many times."""
 
-WEIGHTS = Cost(fixed=700, per_array=150, per_thousand=4.0)
+WEIGHTS = Cost(fixed=600, per_array=370, per_thousand=4.0)
 """One update of the masks of single weights."""
 
-NEURONS = Cost(fixed=3000, per_array=300, per_thousand=10.0)
+NEURONS = Cost(fixed=400, per_array=500, per_thousand=5.0)
 """One update of the masks of neurons."""
 
-OBSERVED = Cost(fixed=100, per_array=60, per_thousand=1.0)
+OBSERVED = Cost(fixed=10, per_array=10, per_thousand=1.2)
 """Recording the gradients of one batch."""
 
 
