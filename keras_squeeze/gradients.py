@@ -39,11 +39,12 @@ class GradientObserver(ABC):
         """Creates what `_record` adds to."""
 
     @abstractmethod
-    def _record(self, gradients: Mapping[int, Any]) -> None:
+    def _record(self, gradients: Mapping[int, Any], weights: Mapping[int, Any]) -> None:
         """Adds one batch, inside the training step.
 
         Args:
             gradients: `{id of a variable: its gradient, a tensor or tf.IndexedSlices}`; not necessarily all.
+            weights: Values of the same variables before the optimizer's update, tensors.
         """
 
     @abstractmethod
@@ -83,8 +84,12 @@ class GradientObserver(ABC):
             if gradient is not None and id(variable) in self._observed
         }
 
+        # Read out here: a branch that reads variables holds up their updates until all gradients are there, even in
+        # steps in which it is not taken.
+        weights = {key: keras.ops.convert_to_tensor(self._observed[key]) for key in of_interest}
+
         def record():
-            self._record(of_interest)
+            self._record(of_interest, weights)
             self._batches.assign_add(1.0)
 
         if of_interest:
@@ -98,7 +103,7 @@ class MeanGradients(GradientObserver):
     def _make_variables(self):
         self._sums = {key: _counter(np.zeros(v.shape, "float32")) for key, v in self._observed.items()}
 
-    def _record(self, gradients):
+    def _record(self, gradients, weights):
         import tensorflow as tf
 
         for key, gradient in gradients.items():
@@ -133,11 +138,11 @@ class GroupProducts(GradientObserver):
         self._current = _counter(np.zeros(self._groups, "float32"))  # of an optimizer step that is not over
         self._last_count = _counter(np.int64(-1))
 
-    def _record(self, gradients):
+    def _record(self, gradients, weights):
         import tensorflow as tf
 
         used = [part for part in self._slices if id(part[0]) in gradients]
-        sums = [_products(gradients[id(variable)], variable, axis) for variable, axis, _ in used]
+        sums = [_products(gradients[id(variable)], weights[id(variable)], axis) for variable, axis, _ in used]
         numbers = np.concatenate([numbers for _, _, numbers in used])
         products = tf.math.unsorted_segment_sum(tf.concat(sums, 0), numbers, self._groups)
         count = tf.cast(keras.ops.convert_to_tensor(self._optimizer.iterations), tf.int64)
@@ -265,12 +270,11 @@ def _counter(value):
     )
 
 
-def _products(gradient, variable: keras.Variable, axis: int):
+def _products(gradient, weight, axis: int):
     """`dL/dw * w` summed over all axes but one, a float32 vector."""
     import tensorflow as tf
 
-    weight = keras.ops.convert_to_tensor(variable)
-    rank = len(variable.shape)
+    rank = len(weight.shape)
     if isinstance(gradient, tf.IndexedSlices):
         if axis % rank == 0:
             gradient = tf.convert_to_tensor(gradient)

@@ -9,7 +9,6 @@ import keras_squeeze as ks
 from keras_squeeze.pruning.update_cost import (
     CONVOLUTION,
     FEWEST,
-    NEURONS,
     SHARE,
     STEP,
     WEIGHTS,
@@ -74,7 +73,3 @@ def test_a_run_too_short_for_eight_updates_at_that_price_says_so(digits, capsys)
     schedule = ks.schedules.PolynomialDecay(0.5, frequency=1)
     small_convnet().fit(x, y, batch_size=64, verbose=2, callbacks=[ks.MagnitudePruning(schedule)])
     assert "mask updates took more than" not in capsys.readouterr().out
-
-
-def test_neurons_cost_more_than_weights():
-    assert NEURONS.of([1000]) > WEIGHTS.of([1000])
