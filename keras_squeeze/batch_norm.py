@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_squeeze import checks
 from keras_squeeze.criteria import batches, inputs_only
 from keras_squeeze.selection import layers_with_paths, read
 
@@ -369,9 +370,7 @@ def _check_recalibration(model, data, max_examples) -> None:
         raise ValueError(f"Model '{model.name}' is not built: call it on a batch of data first.")
     if data is None:
         raise ValueError("The statistics are measured on `data`: pass inputs `x`, (x, y) or a dataset. Received: None")
-    is_count = hasattr(max_examples, "__index__") and not isinstance(max_examples, bool) and max_examples >= 1
-    if not (max_examples is None or is_count):
-        raise ValueError(f"`max_examples` must be None or an int, at least 1. Received: {max_examples!r}")
+    checks.positive_int("max_examples", max_examples, optional=True)
 
 
 def _check_finite(measured) -> None:

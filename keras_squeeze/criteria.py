@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_squeeze import checks
 from keras_squeeze.selection import read
 
 
@@ -96,9 +97,7 @@ class Random(Criterion):
     """
 
     def __init__(self, seed: int = 0):
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"`seed` must be a non-negative int. Received: {seed!r}")
-        self.seed = seed
+        self.seed = checks.non_negative_int("seed", seed)
 
     def scores(self, weight, gradient=None, path=""):
         generator = np.random.default_rng([self.seed, zlib.crc32(path.encode())])
@@ -118,10 +117,7 @@ class GradientCriterion(Criterion):
     needs_gradients = True
 
     def __init__(self, num_batches: int | None = 8):
-        is_count = isinstance(num_batches, int) and not isinstance(num_batches, bool) and num_batches >= 1
-        if not (num_batches is None or is_count):
-            raise ValueError(f"`num_batches` must be None or a number, at least 1. Received: {num_batches!r}")
-        self.num_batches = num_batches
+        self.num_batches = checks.positive_int("num_batches", num_batches, optional=True)
 
     def get_config(self):
         return {"num_batches": self.num_batches}
@@ -170,9 +166,7 @@ def get(identifier) -> Criterion:
         if isinstance(found, Criterion):
             return found
     if isinstance(identifier, str):
-        if identifier not in _BY_NAME:
-            raise ValueError(f"`criterion` must be one of {', '.join(map(repr, _BY_NAME))}. Received: {identifier!r}")
-        return _BY_NAME[identifier]()
+        return _BY_NAME[checks.one_of("criterion", identifier, _BY_NAME)]()
     raise TypeError(f"`criterion` must be a name or a criterion from keras_squeeze.criteria. Received: {identifier!r}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_squeeze import checks
 from keras_squeeze.after_target import AfterTarget
 from keras_squeeze.criteria import check_reusable
 from keras_squeeze.graphs import compile_like, functional_of
@@ -323,8 +324,7 @@ def _check_fit(model, x, epochs, options) -> None:
             f"Model '{model.name}' is not compiled, so that it cannot be trained. Call model.compile(optimizer, loss, "
             "metrics=[...]) first."
         )
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-        raise ValueError(f"`epochs` must be an int, at least 0. Received: epochs={epochs!r}")
+    checks.non_negative_int("epochs", epochs)
     if x is None:
         raise ValueError("A recipe needs data: pass x and y, or a dataset. Received: x=None")
     check_reusable(x)

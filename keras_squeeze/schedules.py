@@ -12,6 +12,8 @@ from typing import Any
 
 import keras
 
+from keras_squeeze import checks
+
 UPDATES_BY_DEFAULT = 100
 """At most this many updates are spread over a schedule's span unless `frequency` says otherwise; fewer where the run
 is too short to pay for them."""
@@ -45,15 +47,13 @@ class Schedule:
         end: int | float = 0.75,
         frequency: int | None = None,
     ):
-        self.final = check_sparsity("final", final)
-        self.initial = check_sparsity("initial", initial)
+        self.final = checks.fraction("final", final)
+        self.initial = checks.fraction("initial", initial)
         self.begin = check_time("begin", begin)
         self.end = check_time("end", end)
         if type(self.begin) is type(self.end) and self.begin > self.end:
             raise ValueError(_begin_after_end(begin, end))
-        if frequency is not None and (isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1):
-            raise ValueError(f"`frequency` must be None or a number of steps, at least 1. Received: {frequency!r}")
-        self.frequency = frequency
+        self.frequency = checks.positive_int("frequency", frequency, optional=True)
 
     def __call__(self, step: int, total_steps: int | None = None) -> float:
         """The value after `step` optimizer steps of a run of `total_steps`."""
@@ -176,8 +176,8 @@ class PolynomialDecay(Schedule):
         power: float = 3,
     ):
         super().__init__(final, initial, begin, end, frequency)
-        if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 < power < math.inf:
-            raise ValueError(f"`power` must be a positive number. Received: {power!r}")
+        if not checks.is_number(power) or not 0 < power < math.inf:
+            raise ValueError(f"`power` must be a positive number. Received: power={power!r}")
         self.power = power
 
     def fraction_done(self, position):
@@ -246,9 +246,7 @@ class Steps(Schedule):
         num_steps: int = 5,
     ):
         super().__init__(final, initial, begin, end)
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"`num_steps` must be a number of jumps, at least 1. Received: {num_steps!r}")
-        self.num_steps = num_steps
+        self.num_steps = checks.positive_int("num_steps", num_steps)
 
     def fraction_done(self, position):
         done = math.floor(position * self.num_steps + 1e-9) / self.num_steps  # 0.29 * 100 is below 29
@@ -335,23 +333,13 @@ def get(identifier) -> Schedule:
         if isinstance(found, Schedule):
             return found
     if isinstance(identifier, numbers.Real) and not isinstance(identifier, bool):
-        return PolynomialDecay(check_sparsity("sparsity", identifier))
+        return PolynomialDecay(checks.fraction("sparsity", identifier))
     if _is_tfmot_schedule(identifier):
         return TfmotSchedule(identifier)
     raise TypeError(
         "A schedule must be the final sparsity as a number in [0, 1), a schedule from keras_squeeze.schedules, or "
         f"one of tensorflow-model-optimization. Received: {identifier!r}"
     )
-
-
-def check_sparsity(name: str, value) -> float:
-    """Returns `value` as a float; an error that names the argument if it is not a number in [0, 1)."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"`{name}` must be a number in [0, 1). Received: {value!r}")
-    if not 0.0 <= value < 1.0:
-        hint = f" Sparsity is a fraction: for {value:g} % pass {value / 100:g}." if 1.0 < value < 100 else ""
-        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value}.{hint}")
-    return float(value)
 
 
 def check_fires(schedule: Schedule, total_steps: int | None) -> None:

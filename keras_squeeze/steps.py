@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 
-from keras_squeeze import schedules
+from keras_squeeze import checks, schedules
 from keras_squeeze.deployment.litert import export
 from keras_squeeze.deployment.packing import save_packed
 from keras_squeeze.distillation import distilled
@@ -108,12 +108,9 @@ class TrainingStep(Step):
     learning_rate: float | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)):
-            raise TypeError(f"`share` must be a number, at least 0. Received: share={self.share!r}")
-        if not 0 <= self.share < float("inf"):
-            raise ValueError(f"`share` must be at least 0. Received: share={self.share}")
+        checks.non_negative_number("share", self.share)
         rate = self.learning_rate
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0):
+        if rate is not None and (not checks.is_number(rate) or not rate > 0):
             raise ValueError(f"`learning_rate` must be None or a number above 0. Received: learning_rate={rate!r}")
         _check_layers(getattr(self, "layers", None))
 
@@ -277,12 +274,8 @@ class FineTune(TrainingStep):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("distillation", "at least 0"), ("temperature", "above 0")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` must be a number, {least}. Received: {name}={value!r}")
-            if value < 0 or (name == "temperature" and not value):
-                raise ValueError(f"`{name}` must be {least}. Received: {name}={value}")
+        checks.non_negative_number("distillation", self.distillation)
+        checks.positive_number("temperature", self.temperature)
 
     def run(self, task):
         if task.fit is None:

@@ -236,7 +236,7 @@ class FitRun:
             for name, parts in callback.progress().items():
                 known = found.setdefault(name, {})
                 known.update((key, max(pair, known.get(key, pair))) for key, pair in parts.items())
-        return {name: fraction(parts) for name, parts in found.items()}
+        return {name: sum_fractions(parts) for name, parts in found.items()}
 
     def note_validation(self, epoch: int, logs: Mapping[str, float] | None) -> None:
         """Keeps the metrics of validation from before the first change, else of the first epoch; and the last ones."""
@@ -405,7 +405,7 @@ class FitRun:
             )
 
 
-def fraction(parts: Mapping[Hashable, tuple[int, int]]) -> float:
+def sum_fractions(parts: Mapping[Hashable, tuple[int, int]]) -> float:
     """The sum of the parts over the sum of the wholes."""
     return sum(part for part, _ in parts.values()) / max(sum(whole for _, whole in parts.values()), 1)
 

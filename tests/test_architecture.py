@@ -21,6 +21,7 @@ ORDER = [
     "grids",
     "encodings",
     "selection",
+    "checks",
     "schedules",
     "criteria",
     "tracing",

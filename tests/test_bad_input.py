@@ -26,7 +26,7 @@ import keras_squeeze as ks
         (lambda: ks.MagnitudePruning(0.5, pattern="2/4"), ValueError, "Received: '2/4'"),
         (lambda: ks.MagnitudePruning(0.5, pattern="4:2"), ValueError, "n=4, m=2"),
         (lambda: ks.MagnitudePruning(0.6, pattern="2:4"), ValueError, r"at most 0\.5.*sparsity=0\.6"),
-        (lambda: ks.MagnitudePruning(0.5, criterion="size"), ValueError, "'magnitude'.*Received: 'size'"),
+        (lambda: ks.MagnitudePruning(0.5, criterion="size"), ValueError, "'magnitude'.*Received: criterion='size'"),
         (lambda: ks.prune_weights(None, 0.5, criterion="snip"), ValueError, "needs `data`"),
         (lambda: ks.AfterTarget("early"), TypeError, "Received: 'early'"),
     ],

@@ -297,14 +297,14 @@ def test_progress_is_told(trained, capsys):
         (lambda: PruneWeights(1.5), ValueError, "must be in [0, 1)"),
         (lambda: PruneWeights(0.5, layers=lambda layer: True), TypeError, "a regular expression or a list"),
         (lambda: PruneWeights(0.5, layers="("), ValueError, "does not compile"),
-        (lambda: PruneWeights(0.5, share=-1), ValueError, "`share` must be at least 0"),
+        (lambda: PruneWeights(0.5, share=-1), ValueError, "`share` must be a number, at least 0"),
         (lambda: PruneWeights(0.5, share="much"), TypeError, "`share` must be a number"),
         (lambda: PruneWeights(0.5, learning_rate=0), ValueError, "`learning_rate` must be None or a number above 0"),
         (lambda: PruneNeurons(0.5, target_macs=0.5), ValueError, "Give one target"),
         (lambda: PruneNeurons(0.5, criterion="l3"), ValueError, "l3"),
         (lambda: Quantize("int99"), ValueError, "num_bits"),
-        (lambda: FineTune(distillation=-1), ValueError, "`distillation` must be at least 0"),
-        (lambda: FineTune(temperature=0), ValueError, "`temperature` must be above 0"),
+        (lambda: FineTune(distillation=-1), ValueError, "`distillation` must be a number, at least 0"),
+        (lambda: FineTune(temperature=0), ValueError, "`temperature` must be a number, above 0"),
     ],
 )
 def test_bad_recipes(make, error, words):

@@ -193,9 +193,9 @@ def test_constant_is_updated_once():
         ({"final": -0.1}, ValueError, r"Received: final=-0\.1"),
         ({"final": math.nan}, ValueError, "Received: final=nan"),
         ({"final": math.inf}, ValueError, "Received: final=inf"),
-        ({"final": True}, TypeError, "`final` must be a number.*Received: True"),
-        ({"final": "x"}, TypeError, "Received: 'x'"),
-        ({"final": None}, TypeError, "Received: None"),
+        ({"final": True}, TypeError, "`final` must be a number.*Received: final=True"),
+        ({"final": "x"}, TypeError, "Received: final='x'"),
+        ({"final": None}, TypeError, "Received: final=None"),
         ({"initial": 1.5}, ValueError, r"Received: initial=1\.5"),
         ({"begin": -1}, ValueError, "`begin` must not be negative. Received: begin=-1"),
         ({"begin": -0.5}, ValueError, r"Received: begin=-0\.5"),
@@ -206,13 +206,13 @@ def test_constant_is_updated_once():
         ({"end": "0.5"}, TypeError, "Received: '0.5'"),
         ({"begin": 20, "end": 10}, ValueError, "begin=20, end=10"),
         ({"begin": 0.9, "end": 0.5}, ValueError, r"begin=0\.9, end=0\.5"),
-        ({"frequency": 0}, ValueError, "Received: 0"),
-        ({"frequency": -5}, ValueError, "Received: -5"),
-        ({"frequency": True}, ValueError, "Received: True"),
-        ({"frequency": 0.1}, ValueError, r"Received: 0\.1"),
-        ({"power": 0}, ValueError, "`power` must be a positive number. Received: 0"),
-        ({"power": math.nan}, ValueError, "Received: nan"),
-        ({"power": "3"}, ValueError, "Received: '3'"),
+        ({"frequency": 0}, ValueError, "Received: frequency=0"),
+        ({"frequency": -5}, ValueError, "Received: frequency=-5"),
+        ({"frequency": True}, ValueError, "Received: frequency=True"),
+        ({"frequency": 0.1}, ValueError, r"Received: frequency=0\.1"),
+        ({"power": 0}, ValueError, "`power` must be a positive number. Received: power=0"),
+        ({"power": math.nan}, ValueError, "Received: power=nan"),
+        ({"power": "3"}, ValueError, "Received: power='3'"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
@@ -222,7 +222,7 @@ def test_bad_arguments(arguments, error, message):
 
 @pytest.mark.parametrize("num_steps", [0, -1, 2.0, True, None])
 def test_bad_number_of_steps(num_steps):
-    with pytest.raises(ValueError, match=f"Received: {num_steps}"):
+    with pytest.raises(ValueError, match=f"Received: num_steps={num_steps}"):
         Steps(0.5, num_steps=num_steps)
 
 

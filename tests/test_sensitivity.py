@@ -434,7 +434,7 @@ def test_stateful_layers_remember_what_they_did():
         ({"sparsities": (0.5, 1.0)}, ValueError, r"`sparsities` must be in \[0, 1\).*Received"),
         ({"sparsities": (50,)}, ValueError, r"for 50 % pass 0\.5"),
         ({"sparsities": 0.5}, TypeError, r"`sparsities` must be a sequence of numbers.*Received: sparsities=0\.5"),
-        ({"neurons": ("half",)}, TypeError, "`neurons` must be a number.*Received: 'half'"),
+        ({"neurons": ("half",)}, TypeError, "`neurons` must be a number.*Received: neurons='half'"),
         ({"bits": (8, 0)}, ValueError, r"`bits` must be ints from 1 to 16\. Received: bits=\(8, 0\)"),
         ({"bits": (8, 4.5)}, ValueError, "`bits` must be ints"),
         ({"bits": "8"}, TypeError, "`bits` must be a sequence"),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import keras
 from keras import layers
 
+from keras_squeeze import checks
 from keras_squeeze.deployment.expectations import (
     MULTIPLE,
     is_convolution,
@@ -213,8 +214,7 @@ def advise(model: keras.Model, recipe=None, *, target: str = "x86") -> list[str]
     print(*ks.advise(model, {"sparsity": 0.8, "weights": "int8"}), sep="\\n")
     ```
     """
-    if target not in tuple(TARGETS):
-        raise ValueError(f"`target` must be one of {', '.join(map(repr, TARGETS))}. Received: target={target!r}")
+    checks.one_of("target", target, TARGETS)
     plan = read_recipe(recipe)
     found, report = find_layers(model), summarize(model)
     planned = not plan.is_empty and bool(found.layers)

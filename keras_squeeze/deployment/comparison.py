@@ -14,7 +14,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_squeeze.deployment.latency import Latency, check_counts, measure_latencies
+from keras_squeeze import checks
+from keras_squeeze.deployment.latency import Latency, measure_latencies
 from keras_squeeze.deployment.litert import export
 from keras_squeeze.deployment.loading import load_model
 from keras_squeeze.deployment.scoring import Judge, find_judge, predictions
@@ -232,7 +233,8 @@ def compare(
     """
     _check(models, data)
     data = _with_arrays(data)
-    check_counts(num_threads=num_threads, runs=runs)
+    checks.positive_int("num_threads", num_threads)
+    checks.positive_int("runs", runs)
     judge = find_judge(metric)
     with tempfile.TemporaryDirectory() as folder:
         entries = []

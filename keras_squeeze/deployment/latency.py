@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
+from keras_squeeze import checks
 from keras_squeeze.deployment.litert import export
 from keras_squeeze.progress import progress_bar
 
@@ -91,7 +92,8 @@ def measure_latencies(models: Mapping[str, object], *, num_threads: int = 1, run
     ks.measure_latencies({"before": model, "after": ks.shrink(model)})["after"].ratio
     ```
     """
-    check_counts(num_threads=num_threads, runs=runs)
+    checks.positive_int("num_threads", num_threads)
+    checks.positive_int("runs", runs)
     if not isinstance(models, Mapping):
         raise TypeError(f"`models` must be a dict from names to files or models. Received: {models!r}")
     if not models:
@@ -100,13 +102,6 @@ def measure_latencies(models: Mapping[str, object], *, num_threads: int = 1, run
     with progress_bar("timing", total=runs, quiet=True) as advance:
         times = _times_in_turn(functions, runs, advance)
     return {name: _latency(own, times[0]) for name, own in zip(models, times, strict=True)}
-
-
-def check_counts(**counts) -> None:
-    """Raises a `ValueError` for what is no number of threads or runs."""
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be an int, at least 1. Received: {name}={value!r}")
 
 
 def prepare(path_or_model, *, num_threads: int = 1) -> Callable[[], None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import keras
 import numpy as np
 
+from keras_squeeze import checks
 from keras_squeeze.deployment.checking import (
     agreement,
     disagree,
@@ -369,5 +370,4 @@ def _check(model, path: pathlib.Path, precision, batch_size, sparse) -> None:
         raise ValueError(f"`precision` must be None or one of {known}. Received: precision={precision!r}")
     if sparse is not None and not isinstance(sparse, bool):
         raise TypeError(f"`sparse` must be None or a bool. Received: sparse={sparse!r}")
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"`batch_size` must be None or an int, at least 1. Received: batch_size={batch_size!r}")
+    checks.positive_int("batch_size", batch_size, optional=True)

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from keras_squeeze import schedules
+from keras_squeeze import checks
 from keras_squeeze.graphs import functional_of
 from keras_squeeze.pruning.masks import check_reachable, get_pattern
 from keras_squeeze.pruning.neurons import Neurons, Savings
@@ -68,8 +68,8 @@ def read_recipe(recipe) -> Plan:
         )
     if not recipe.keys() <= set(_KEYS):
         raise ValueError(f"`recipe` takes the keys {known}. Received: {', '.join(map(repr, recipe))}")
-    sparsity = schedules.check_sparsity("sparsity", recipe.get("sparsity", 0.0))
-    neurons = schedules.check_sparsity("neurons", recipe.get("neurons", 0.0))
+    sparsity = checks.fraction("sparsity", recipe.get("sparsity", 0.0))
+    neurons = checks.fraction("neurons", recipe.get("neurons", 0.0))
     pattern = recipe.get("pattern", "unstructured")
     check_reachable(sparsity, get_pattern(pattern))
     if "pattern" in recipe and pattern != "unstructured" and not sparsity:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from keras_squeeze import criteria, schedules
+from keras_squeeze import checks, criteria, schedules
 from keras_squeeze.gradients import BATCHES, GradientWindow, MeanGradients
 from keras_squeeze.pruning.constraints import MaskConstraint
 from keras_squeeze.pruning.masks import Pattern, check_floors, get_pattern, is_at_floor, select_masks
 from keras_squeeze.pruning.update_cost import FEWEST, OBSERVED, WEIGHTS, affordable_updates
-from keras_squeeze.pruning.weight_allocation import check_allocation
+from keras_squeeze.pruning.weight_allocation import ALLOCATIONS
 from keras_squeeze.selection import (
     CompressibleLayer,
     CompressibleWeight,
@@ -35,7 +35,7 @@ class PruningMethod:
     @classmethod
     def make(cls, allocation, pattern, criterion, data, *, observes: bool = False) -> "PruningMethod":
         """Checks the arguments. With `observes`, a criterion may take its gradients from the training."""
-        check_allocation(allocation)
+        checks.one_of("allocation", allocation, ALLOCATIONS)
         criterion = criteria.get(criterion)
         if criterion.needs_gradients and data is None and not observes:
             raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 
-from keras_squeeze import schedules
+from keras_squeeze import checks, schedules
 from keras_squeeze.batch_norm import Change
 from keras_squeeze.gradients import GradientWindow, MeanGradients
 from keras_squeeze.pruning.constraints import assign_masked, attach_masks, detach_masks
@@ -16,7 +16,7 @@ from keras_squeeze.pruning.masks import check_reachable
 from keras_squeeze.pruning.update_cost import TOO_SHORT
 from keras_squeeze.report import CompressionReport, summarize
 from keras_squeeze.selection import CompressibleWeight, Layers, Selection, read, select_layers
-from keras_squeeze.training import CompressionCallback, fraction
+from keras_squeeze.training import CompressionCallback, sum_fractions
 
 
 class MagnitudePruning(CompressionCallback):
@@ -166,7 +166,7 @@ class MagnitudePruning(CompressionCallback):
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over all the weights that the callback manages, or has managed last."""
-        return fraction(self.progress()["sparsity"])
+        return sum_fractions(self.progress()["sparsity"])
 
     def progress(self):
         taking_part = {key: pair for group in self._groups for key, pair in group.zeros.items()}
@@ -361,4 +361,4 @@ def floor_notes(paths: list[str]) -> list[str]:
 
 
 def _constant(sparsity) -> schedules.Constant:
-    return schedules.Constant(schedules.check_sparsity("sparsity", sparsity))
+    return schedules.Constant(checks.fraction("sparsity", sparsity))

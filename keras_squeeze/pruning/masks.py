@@ -15,9 +15,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_squeeze import checks
 from keras_squeeze.pruning.ranking import mark_largest
 from keras_squeeze.pruning.weight_allocation import (
-    check_allocation,
+    ALLOCATIONS,
     erk_sparsities,
     floor_count,
     highest_share,
@@ -269,7 +270,7 @@ def select_masks(
         ValueError: the sparsity is more than the pattern allows, or an unknown allocation or pattern.
     """
     pattern = get_pattern(pattern)
-    check_allocation(allocation)
+    checks.one_of("allocation", allocation, ALLOCATIONS)
     check_reachable(sparsity, pattern)
     parts = zip(
         scores,

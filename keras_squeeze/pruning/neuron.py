@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_squeeze import schedules
+from keras_squeeze import checks, schedules
 from keras_squeeze.batch_norm import Change
 from keras_squeeze.criteria import batches, check_reusable, inputs_only
 from keras_squeeze.gradients import BATCHES, GradientWindow, GroupProducts
@@ -21,7 +21,7 @@ from keras_squeeze.pruning.shrinking import shrink
 from keras_squeeze.pruning.update_cost import FEWEST, NEURONS, OBSERVED, TOO_SHORT, affordable_updates
 from keras_squeeze.report import CompressionReport, summarize
 from keras_squeeze.selection import Layers, check_finite, select_layers
-from keras_squeeze.training import CompressionCallback, fraction
+from keras_squeeze.training import CompressionCallback, sum_fractions
 
 ALLOCATIONS = ("auto", "global", "uniform")
 _EXAMPLES = 32  # on which it is measured what an inexact removal changes
@@ -85,7 +85,7 @@ class NeuronPruning(CompressionCallback):
         self.target = Target.make(None if schedule is None else self.schedule.final, target_macs, target_params)
         self.layers = layers
         self.limits = Limits(round_to, min_neurons, max_layer_fraction)
-        self.allocation = _check_allocation(allocation)
+        self.allocation = checks.one_of("allocation", allocation, ALLOCATIONS)
         self.criterion = neuron_criteria.get(criterion)
         self.data = data
         _check_data(self.criterion, data, observes=True)
@@ -172,7 +172,7 @@ class NeuronPruning(CompressionCallback):
     @property
     def pruned_neurons(self) -> float:
         """Fraction of the neurons that are masked, of those that the callback manages or has managed last."""
-        return fraction(self.progress()["pruned_neurons"])
+        return sum_fractions(self.progress()["pruned_neurons"])
 
     def progress(self):
         groups = self._selector.neurons.groups if self._selector else []
@@ -296,7 +296,7 @@ def prune_neurons(
     """
     target = Target.make(fraction, target_macs, target_params)
     limits = Limits(round_to, min_neurons, max_layer_fraction)
-    allocation = _check_allocation(allocation)
+    allocation = checks.one_of("allocation", allocation, ALLOCATIONS)
     criterion = neuron_criteria.automatic(model, data) if criterion == "auto" else neuron_criteria.get(criterion)
     _check_data(criterion, data)
     neurons = _neurons(model, layers, allow_inexact)
@@ -386,12 +386,6 @@ def _warn_of_frozen(model, neurons: Neurons) -> None:
             "keras_squeeze.register_channel_rule teaches a layer.",
             stacklevel=3,
         )
-
-
-def _check_allocation(allocation) -> str:
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"`allocation` must be one of {', '.join(map(repr, ALLOCATIONS))}. Received: {allocation!r}")
-    return allocation
 
 
 def _check_data(criterion, data, *, observes: bool = False) -> None:

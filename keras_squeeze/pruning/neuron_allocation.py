@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keras_squeeze import checks
 from keras_squeeze.pruning.neurons import NeuronGroup
 
 _HALVINGS = 24
@@ -30,9 +31,7 @@ class Limits:
 
     def __post_init__(self):
         for name in ("round_to", "min_neurons"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an int, at least 1. Received: {name}={value!r}")
+            object.__setattr__(self, name, checks.positive_int(name, getattr(self, name)))
         if isinstance(self.max_layer_fraction, bool) or not 0.0 < self.max_layer_fraction <= 1.0:
             raise ValueError(
                 f"`max_layer_fraction` must be in (0, 1]. Received: max_layer_fraction={self.max_layer_fraction!r}"

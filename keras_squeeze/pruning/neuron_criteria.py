@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_squeeze import checks
 from keras_squeeze.criteria import batch_gradients, batches
 from keras_squeeze.gradients import GroupProducts
 from keras_squeeze.pruning.channels import Slices
@@ -123,9 +124,7 @@ class RandomNeurons(NeuronCriterion):
     """
 
     def __init__(self, seed: int = 0):
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"`seed` must be a non-negative int. Received: {seed!r}")
-        self.seed = seed
+        self.seed = checks.non_negative_int("seed", seed)
 
     def scores(self, neurons, data=None):
         scores = np.zeros(neurons.count)
@@ -148,10 +147,7 @@ class _DataCriterion(NeuronCriterion):
     needs_data = True
 
     def __init__(self, num_batches: int | None = 8):
-        is_count = isinstance(num_batches, int) and not isinstance(num_batches, bool) and num_batches >= 1
-        if not (num_batches is None or is_count):
-            raise ValueError(f"`num_batches` must be None or a number, at least 1. Received: {num_batches!r}")
-        self.num_batches = num_batches
+        self.num_batches = checks.positive_int("num_batches", num_batches, optional=True)
 
     def get_config(self):
         return {"num_batches": self.num_batches}
@@ -283,7 +279,5 @@ def get(identifier) -> NeuronCriterion:
         if isinstance(found, NeuronCriterion):
             return found
     if isinstance(identifier, str):
-        if identifier not in _CRITERIA:
-            raise ValueError(f"`criterion` must be one of {', '.join(map(repr, _CRITERIA))}. Received: {identifier!r}")
-        return _CRITERIA[identifier]()
+        return _CRITERIA[checks.one_of("criterion", identifier, _CRITERIA)]()
     raise TypeError(f"`criterion` must be a name or a criterion for neurons. Received: {identifier!r}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from keras_squeeze import schedules
+from keras_squeeze import checks
 from keras_squeeze.pruning.neuron_allocation import Allocation, Limits
 from keras_squeeze.pruning.neurons import NeuronGroup, Neurons, Savings
 
@@ -35,8 +35,8 @@ class Target:
             )
         ((kind, value),) = given.items()
         if kind == "neurons":
-            return cls(kind, schedules.check_sparsity("fraction", value))
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
+            return cls(kind, checks.fraction("fraction", value))
+        if not checks.is_number(value):
             raise TypeError(f"`target_{kind}` must be a number in (0, 1]. Received: {value!r}")
         if not 0.0 < value <= 1.0:
             raise ValueError(f"`target_{kind}` is the fraction to keep, in (0, 1]. Received: target_{kind}={value}")

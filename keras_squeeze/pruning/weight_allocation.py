@@ -13,12 +13,6 @@ FLOOR = 0.2
 _HALVINGS = 60
 
 
-def check_allocation(allocation) -> None:
-    """Raises a `ValueError` for an unknown allocation."""
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"`allocation` must be one of {', '.join(map(repr, ALLOCATIONS))}. Received: {allocation!r}")
-
-
 def keep_count(size: int, share_pruned: float, at_least: int = 1) -> int:
     """Computes how many of `size` units stay: `round_half_even(size * (1 - share_pruned))`, but at least `at_least`.
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from keras_squeeze import checks
 from keras_squeeze.quantization import ops
 
 RANGES = ("min_max", "moving_average", "percentile", "mse")
@@ -436,10 +437,8 @@ class Binary(Quantizer):
         _check_bools(self, "scaled", "stochastic", "clip")
         for name in ("gradient", "inputs"):
             value = getattr(self, name)
-            if value not in ops.GRADIENTS and not (name == "inputs" and value is None):
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, ops.GRADIENTS))}. Received: {name}={value!r}"
-                )
+            if name != "inputs" or value is not None:
+                checks.one_of(name, value, ops.GRADIENTS)
         if self.stochastic and self.gradient != "straight_through":
             raise ValueError(
                 f'A stochastic sign has the gradient "straight_through". Received: gradient={self.gradient!r}'

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import keras
 
+from keras_squeeze import checks
 from keras_squeeze.batch_norm import Change, freeze_statistics
 from keras_squeeze.graphs import functional_of
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
@@ -245,6 +246,6 @@ def _check_bits(bits) -> list[int]:
     if not isinstance(bits, (list, tuple)) or not bits:
         raise TypeError(f"`num_bits` must be a list such as [8, 4, 2]. Received: {bits!r}")
     for value in bits:
-        if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 16:
+        if not checks.is_int(value) or not 2 <= value <= 16:
             raise ValueError(f"`num_bits` must list ints in [2, 16]. Received: {bits!r}")
     return list(bits)

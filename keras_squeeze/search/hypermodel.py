@@ -12,6 +12,7 @@ import keras_tuner
 from keras_tuner import errors
 from keras_tuner.src.engine.tuner_utils import SaveBestEpoch, TunerCallback
 
+from keras_squeeze import checks
 from keras_squeeze.graphs import compile_like, functional_of
 from keras_squeeze.recipe import Recipe
 from keras_squeeze.search.artifacts import ARTIFACTS, Result, write_files, write_result
@@ -68,9 +69,7 @@ class CompressionHyperModel(keras_tuner.HyperModel):
             raise TypeError(f"`space` must be a `CompressionSpace`. Received: space={space!r}")
         self.metric = _find_metric(self.model, metric)
         self.direction = find_direction(self.model, self.metric) or direction_of(self.metric)
-        if artifact not in ARTIFACTS:
-            known = ", ".join(map(repr, ARTIFACTS))
-            raise ValueError(f"`artifact` must be one of {known}. Received: artifact={artifact!r}")
+        checks.one_of("artifact", artifact, ARTIFACTS)
         self.artifact, self.latency = artifact, latency
         self._objectives: dict[str, tuple[Budgets, float | None]] = {}
         self._size_before: float | None = None

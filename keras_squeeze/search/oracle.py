@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from keras_tuner.engine.trial import Trial, TrialStatus
 
+from keras_squeeze import checks
 from keras_squeeze.search.configurations import identity
 from keras_squeeze.search.objectives import Budgets, direction_of, pareto_front
 from keras_squeeze.search.results import (
@@ -71,10 +72,8 @@ class ParetoOracle(ResumableOracle):
         budgets: Budgets | Mapping[str, float] | None = None,
         max_retries_per_trial: int = 0,
     ):
-        if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:
-            raise ValueError(f"`max_trials` must be a whole number, at least 1. Received: {max_trials!r}")
-        if sampler not in SAMPLERS:
-            raise ValueError(f"`sampler` must be one of {', '.join(SAMPLERS)}. Received: {sampler!r}")
+        max_trials = checks.positive_int("max_trials", max_trials)
+        checks.one_of("sampler", sampler, SAMPLERS)
         super().__init__(
             as_objectives(objectives),
             max_trials,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from keras_squeeze import checks
 from keras_squeeze.plots import Falls, plot_falls
 from keras_squeeze.report import _as_text, _listing
 
@@ -111,7 +112,7 @@ class Sensitivity:
             KeyError: there is no such curve.
             ValueError: `max_drop` is no number from 0 on.
         """
-        if isinstance(max_drop, bool) or not hasattr(max_drop, "__float__") or not max_drop >= 0:
+        if not checks.is_number(max_drop) or not max_drop >= 0:
             raise ValueError(f"`max_drop` must be a number, at least 0. Received: max_drop={max_drop!r}")
         curve = self._curve(layer, kind)
         best, best_drop = (None, 0.0) if kind == "bits" else (0.0, 0.0)
@@ -291,8 +292,7 @@ class Sensitivity:
         return [curve for curve in self.curves if curve.kind == kind and curve.layer != WHOLE]
 
     def _check(self, kind: str) -> None:
-        if kind not in self.kinds:
-            raise ValueError(f"`kind` must be one of {', '.join(map(repr, self.kinds))}. Received: kind={kind!r}")
+        checks.one_of("kind", kind, self.kinds)
 
 
 def _value(kind: str, value: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_squeeze import checks
 from keras_squeeze.criteria import _metrics_left_as_found, batches
 from keras_squeeze.deployment.comparison import _with_arrays
 from keras_squeeze.graphs import functional_of
@@ -21,7 +22,6 @@ from keras_squeeze.pruning.neurons import Neurons
 from keras_squeeze.quantization.quantizers import Affine, Binary
 from keras_squeeze.quantization.wrapper import _recurrent_states
 from keras_squeeze.report import _shortened
-from keras_squeeze.schedules import check_sparsity
 from keras_squeeze.search.metrics import check_compiled, find_metric
 from keras_squeeze.search.profiles import WHOLE, Curve, Sensitivity
 from keras_squeeze.selection import (
@@ -285,8 +285,7 @@ def _dataset(data, max_examples: int) -> tuple[Any, int]:
     """Batches as `evaluate` takes them, held in memory, and how many examples they have."""
     import tensorflow as tf
 
-    if isinstance(max_examples, bool) or not isinstance(max_examples, int) or max_examples < 1:
-        raise ValueError(f"`max_examples` must be an int, at least 1. Received: max_examples={max_examples!r}")
+    checks.positive_int("max_examples", max_examples)
     if isinstance(data, Iterator):
         raise TypeError(
             "`data` must be arrays (x, y) or a tf.data.Dataset, so that it can be read again. Received an iterator or "
@@ -329,13 +328,12 @@ def _without_blanks(batch: tuple, most: int) -> tuple:
 
 
 def _fractions(name: str, values) -> tuple[float, ...]:
-    return tuple(sorted({check_sparsity(name, value) for value in _listed(name, values)}))
+    return tuple(sorted({checks.fraction(name, value) for value in _listed(name, values)}))
 
 
 def _bits(values) -> tuple[int, ...]:
     for value in _listed("bits", values):
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not whole or not 1 <= value <= _MOST_BITS:
+        if not checks.is_int(value) or not 1 <= value <= _MOST_BITS:
             raise ValueError(f"`bits` must be ints from 1 to {_MOST_BITS}. Received: bits={values!r}")
     return tuple(sorted({int(value) for value in values}, reverse=True))
 

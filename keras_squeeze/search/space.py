@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from keras_squeeze import checks
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.recipe import Recipe, read_mapping
 from keras_squeeze.schedules import PolynomialDecay
@@ -279,7 +280,7 @@ def _numbers(name: str, value, *, below: float = float("inf"), inclusive: bool =
         is_range = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for each in values:
-        if isinstance(each, bool) or not isinstance(each, (int, float)):
+        if not checks.is_number(each):
             raise TypeError(f"`{name}` must be a number, two for a range, or choices. Received: {name}={value!r}")
         if not (0 <= each < below or (inclusive and each == below)):
             limit = f"[0, {below:g}{']' if inclusive else ')'}" if below < float("inf") else "at least 0"
@@ -317,13 +318,13 @@ def _bits(name: str, value, least: int = 1) -> Dimension:
     values = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
     values = [FLOAT_BITS if each is None else each for each in values]
     for each in values:
-        if isinstance(each, bool) or not isinstance(each, int):
+        if not checks.is_int(each):
             raise TypeError(f"`{name}` must be whole numbers of bits, or None for float. Received: {name}={value!r}")
         if not least <= each <= 16 and each != FLOAT_BITS:
             raise ValueError(f"`{name}` must be in [{least}, 16], or None for float. Received: {name}={value!r}")
     if not values:
         raise ValueError(f"`{name}` has no values; None leaves it in float. Received: {name}={value!r}")
-    return Dimension(name, tuple(dict.fromkeys(values)))
+    return Dimension(name, tuple(dict.fromkeys(map(int, values))))
 
 
 def _words(name: str, value) -> Dimension:

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_squeeze import schedules
+from keras_squeeze import checks, schedules
 
 _PACKAGE = "keras_squeeze.tfmot_compat"
 
@@ -57,7 +57,7 @@ class PruningSchedule(ABC):
             )
 
     def _validate_sparsity(self, sparsity, variable_name):
-        schedules.check_sparsity(variable_name, sparsity)
+        checks.fraction(variable_name, sparsity)
 
     def _config_of(self, *names: str) -> dict[str, Any]:
         return {"class_name": type(self).__name__, "config": {name: getattr(self, name) for name in names}}

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras.src.backend import in_stateless_scope
 
+from keras_squeeze import checks
 from keras_squeeze.pruning.masks import Blocks, NOfM, Pattern, Unstructured
 from keras_squeeze.selection import (
     CompressibleWeight,
@@ -192,7 +193,7 @@ def _check_layer(layer) -> None:
 
 def _two_ints(name: str, value) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if len(pair) != 2 or not all(isinstance(part, int) and not isinstance(part, bool) for part in pair):
+    if len(pair) != 2 or not all(map(checks.is_int, pair)):
         raise ValueError(f"`{name}` must be two ints, such as (2, 4). Received: {name}={value!r}")
     return pair
 
