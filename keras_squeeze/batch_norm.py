@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_squeeze import checks
-from keras_squeeze.criteria import batches, inputs_only
+from keras_squeeze.data import batches, inputs_only
 from keras_squeeze.selection import layers_with_paths, read
 
 WINDOW = 10

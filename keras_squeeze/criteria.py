@@ -6,13 +6,14 @@ A new criterion is one registered subclass of `Criterion`; its snake-case name i
 import contextlib
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_squeeze import checks
+from keras_squeeze.data import batches
 from keras_squeeze.selection import read
 
 
@@ -201,8 +202,8 @@ def loss_gradients(
 
 
 @contextlib.contextmanager
-def _metrics_left_as_found(model):
-    """Computing the loss of several outputs counts in the metrics of `fit`, and makes them where there were none."""
+def preserve_metrics(model: keras.Model) -> Iterator[None]:
+    """Restores the state of a model's metrics afterwards: computing the loss of several outputs updates it."""
     before = {id(variable): np.array(read(variable)) for variable in model.metrics_variables}
     try:
         yield
@@ -222,7 +223,11 @@ def batch_gradients(
             f"Model '{model.name}' is not compiled, and a gradient criterion needs its loss. Call "
             "`model.compile(optimizer, loss)` first."
         )
-    with _metrics_left_as_found(model):
+    if data is None:
+        raise ValueError(
+            "This criterion uses gradients and needs `data`: pass data=(x, y) or data=dataset. Received: data=None"
+        )
+    with preserve_metrics(model):
         for x, y, sample_weight in batches(data, num_batches, batch_size):
             if y is None:
                 raise ValueError("`data` has no targets, and a gradient criterion needs the loss. Pass data=(x, y).")
@@ -235,63 +240,3 @@ def batch_gradients(
             if unused:
                 raise ValueError(f"These weights do not affect the loss, so they have no gradient: {', '.join(unused)}")
             yield [np.asarray(tf.convert_to_tensor(gradient), dtype="float32") for gradient in gradients]
-
-
-def check_reusable(data) -> None:
-    """Raises a `TypeError` for data that can be read only once: every update reads it anew."""
-    if isinstance(data, Iterator):
-        raise TypeError(
-            "`data` is read at every update, and an iterator or generator is empty after the first. Pass arrays "
-            f"(x, y), a tf.data.Dataset or a keras.utils.PyDataset. Received: {data!r}"
-        )
-
-
-def batches(data, num_batches: int | None, batch_size: int = 32) -> Iterator[tuple]:
-    """The first batches of a user's `data`, as `(x, y, sample_weight)`; y and sample_weight may be None.
-
-    Raises:
-        TypeError: `data` is neither arrays nor batches.
-        ValueError: it is empty.
-    """
-    import tensorflow as tf
-
-    if data is None:
-        raise ValueError(
-            "This criterion uses gradients and needs `data`: pass data=(x, y) or data=dataset. Received: data=None"
-        )
-    if hasattr(data, "shape") and hasattr(data, "dtype"):
-        data = (data,)
-    if isinstance(data, str):
-        raise TypeError(f"`data` must be arrays (x, y) or a dataset of batches. Received: {data!r}")
-    if isinstance(data, (tuple, list)) and not data:
-        raise ValueError(f"`data` is empty: pass at least one batch. Received: {data!r}")
-    if isinstance(data, (tuple, list)):
-        sizes = {len(array) for array in keras.tree.flatten(tuple(data)) if array is not None}
-        if len(sizes) > 1:
-            raise ValueError(f"`data` has arrays of different lengths: {', '.join(map(str, sorted(sizes)))}.")
-        parts = [tuple(part) if _is_list_of_arrays(part) else part for part in data]
-        data = tf.data.Dataset.from_tensor_slices(tuple(parts)).batch(batch_size)
-    elif isinstance(data, keras.utils.PyDataset):
-        data = map(data.__getitem__, range(len(data)))
-    elif not isinstance(data, Iterable):
-        raise TypeError(f"`data` must be arrays (x, y) or a dataset of batches. Received: {data!r}")
-    empty = True
-    for index, batch in enumerate(data):
-        if num_batches is not None and index >= num_batches:
-            break
-        empty = False
-        yield keras.utils.unpack_x_y_sample_weight(batch)
-    if empty:
-        raise ValueError("`data` is empty: pass at least one batch.")
-
-
-def inputs_only(model, data):
-    """Data as `batches` takes it, where a user passed the inputs of a model alone: a dict, or a list for several."""
-    inputs = getattr(model, "inputs", None)  # a subclassed model does not say
-    several = isinstance(data, list) and len(data) > 1 and (inputs is None or len(data) == len(inputs))
-    return (data,) if isinstance(data, dict) or several else data
-
-
-def _is_list_of_arrays(part) -> bool:
-    """Whether a part of the data is for several inputs; TensorFlow would stack a list."""
-    return isinstance(part, list) and bool(part) and all(hasattr(array, "shape") for array in part)

@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_squeeze import checks
 from keras_squeeze.after_target import AfterTarget
-from keras_squeeze.criteria import check_reusable
+from keras_squeeze.data import check_reusable
 from keras_squeeze.graphs import compile_like, functional_of
 from keras_squeeze.quantization.quantizers import Quantizer
 from keras_squeeze.schedules import Schedule

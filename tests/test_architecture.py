@@ -22,6 +22,7 @@ ORDER = [
     "encodings",
     "selection",
     "checks",
+    "data",
     "schedules",
     "criteria",
     "tracing",

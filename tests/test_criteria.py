@@ -107,7 +107,7 @@ def test_a_criterion_stays_itself():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'magnitude', 'lamp', 'random', 'movement', 'snip'.*Received: criterion='l1'"):
+    with pytest.raises(ValueError, match=r"'magnitude', 'lamp', .*, 'snip'.*Received: criterion='l1'"):
         criteria.get("l1")
 
 

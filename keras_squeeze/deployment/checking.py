@@ -5,7 +5,7 @@ import itertools
 import keras
 import numpy as np
 
-from keras_squeeze.criteria import batches, inputs_only
+from keras_squeeze.data import batches, inputs_only
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 
 _SAMPLES = 64

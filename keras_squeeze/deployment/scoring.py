@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_squeeze.criteria import batches
+from keras_squeeze.data import batches
 from keras_squeeze.deployment.inspecting import predict_file
 
 _BATCH = 128

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_squeeze.criteria import batches, inputs_only
+from keras_squeeze.data import batches, inputs_only
 from keras_squeeze.pruning.channels import ChannelGraph
 from keras_squeeze.pruning.observing import observe
 from keras_squeeze.selection import changed, read

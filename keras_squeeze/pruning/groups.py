@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_squeeze import checks, criteria, schedules
+from keras_squeeze.data import check_reusable
 from keras_squeeze.gradients import BATCHES, GradientWindow, MeanGradients
 from keras_squeeze.pruning.constraints import MaskConstraint
 from keras_squeeze.pruning.masks import Pattern, check_floors, get_pattern, is_at_floor, select_masks
@@ -42,7 +43,7 @@ class PruningMethod:
                 f"Criterion {criterion!r} uses gradients and needs `data`: pass data=(x, y) or a dataset of batches. "
                 "Received: data=None"
             )
-        criteria.check_reusable(data)
+        check_reusable(data)
         return cls(allocation, get_pattern(pattern), criterion, data)
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_squeeze import checks, schedules
 from keras_squeeze.batch_norm import Change
-from keras_squeeze.criteria import batches, check_reusable, inputs_only
+from keras_squeeze.data import batches, check_reusable, inputs_only
 from keras_squeeze.gradients import BATCHES, GradientWindow, GroupProducts
 from keras_squeeze.graphs import require_graph
 from keras_squeeze.pruning import neuron_criteria

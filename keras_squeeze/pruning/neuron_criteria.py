@@ -12,7 +12,8 @@ import keras
 import numpy as np
 
 from keras_squeeze import checks
-from keras_squeeze.criteria import batch_gradients, batches
+from keras_squeeze.criteria import batch_gradients
+from keras_squeeze.data import batches
 from keras_squeeze.gradients import GroupProducts
 from keras_squeeze.pruning.channels import Slices
 from keras_squeeze.pruning.neurons import Neurons

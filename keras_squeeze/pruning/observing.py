@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_squeeze.criteria import batches
+from keras_squeeze.data import batches
 from keras_squeeze.pruning.channels import ChannelGraph, Channels
 
 See = Callable[[Any, Channels, np.ndarray], None]

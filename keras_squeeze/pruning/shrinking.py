@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
-from keras_squeeze.criteria import check_reusable
+from keras_squeeze.data import check_reusable
 from keras_squeeze.graphs import Rebuilder, compile_like
 from keras_squeeze.pruning import compensation
 from keras_squeeze.pruning.channels import ChannelGraph

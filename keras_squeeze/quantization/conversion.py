@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_squeeze.criteria import batches, inputs_only
+from keras_squeeze.data import batches, inputs_only
 from keras_squeeze.graphs import Rebuilder, compile_like, copy_layer, functional_of, nodes_of, require_graph
 from keras_squeeze.quantization import placement as placing
 from keras_squeeze.quantization import quantizers

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 
 from keras_squeeze import checks
-from keras_squeeze.criteria import _metrics_left_as_found, batches
+from keras_squeeze.criteria import preserve_metrics
+from keras_squeeze.data import batches
 from keras_squeeze.deployment.comparison import _with_arrays
 from keras_squeeze.graphs import functional_of
 from keras_squeeze.progress import progress_bar
@@ -263,7 +264,7 @@ def _expressions(groups) -> list[str]:
 def _left_as_found(model):
     """Whatever is evaluated in here leaves no trace: not in weights, metrics, or what recurrent layers remember."""
     states = [variable for variable in (*model.variables, *_recurrent_states(model)) if not variable.trainable]
-    with _metrics_left_as_found(model), changed([(variable, np.array(read(variable))) for variable in states]):
+    with preserve_metrics(model), changed([(variable, np.array(read(variable))) for variable in states]):
         yield
 
 
