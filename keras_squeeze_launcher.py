@@ -15,7 +15,7 @@ def main() -> int:
     if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
         _hear_python_alone()
-    return importlib.import_module("keras_squeeze.cli").main()
+    return importlib.import_module("keras_squeeze.cli.main").main()
 
 
 def _hear_python_alone() -> None:

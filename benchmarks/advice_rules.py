@@ -1,7 +1,7 @@
 """What `advise` quotes, measured: what each change makes of the latency and the file of a network in LiteRT.
 
 One thread, a batch of one. Both files are made in one process of their own and run in turn there; every ratio is of two
-measurements next to each other. The last lines printed are the constants for `keras_squeeze/deployment/advice.py`.
+measurements next to each other. The last lines printed are the constants for `keras_squeeze/evaluation/advice.py`.
 """
 
 import functools
@@ -147,7 +147,7 @@ def _files(network: str, change: str) -> tuple[bytes, bytes]:
 
 def measure(network: str, change: str, runs: int) -> Result:
     """Runs both files in turn."""
-    from keras_squeeze.deployment.latency import prepare
+    from keras_squeeze.evaluation.latency import prepare
 
     files = _files(network, change)
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +178,7 @@ def quoted() -> dict[tuple[str, str], tuple[float | None, float | None]]:
         RuntimeError: these are not the ones that are measured here.
     """
     import keras_squeeze as ks
-    from keras_squeeze.deployment.advice import MEASURED, TINY_MACS
+    from keras_squeeze.evaluation.advice import MEASURED, TINY_MACS
 
     other = set(MEASURED) ^ set(CASES)
     if other:

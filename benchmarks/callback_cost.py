@@ -103,7 +103,7 @@ def count_updates(cell: Cell, steps: int) -> int:
 
 def _time_between_steps(cell: Cell, steps: int = 150) -> tuple[float, float]:
     """Times our code between the steps of a run: at updates, and elsewhere."""
-    from keras_squeeze.training import FitRun
+    from keras_squeeze.training.fit_run import FitRun
 
     between: dict[bool, list[float]] = {True: [], False: []}
     inside = [0.0]

@@ -46,7 +46,7 @@ def shrink(plan: Plan, network: str, weights: list[np.ndarray], criterion: str, 
     import keras
 
     import keras_squeeze as ks
-    from keras_squeeze.pruning.compensation import recalibrate
+    from keras_squeeze.reconstruction.compensation import recalibrate
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)

@@ -4,7 +4,7 @@ import tempfile
 
 import tables
 
-from keras_squeeze import demo
+from keras_squeeze.cli import demo
 
 
 def main() -> None:

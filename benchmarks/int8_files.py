@@ -87,7 +87,7 @@ def write_small(library: str, folder: str) -> None:
 
 def time_in_turn(paths: list[str], runs: int) -> list[list[float]]:
     """Seconds of single inferences of each file."""
-    from keras_squeeze.deployment.latency import prepare
+    from keras_squeeze.evaluation.latency import prepare
 
     inferences = [prepare(path) for path in paths]
     times: list[list[float]] = [[] for _ in paths]

@@ -4,7 +4,7 @@ Timed is what the callback does at one update: `MagnitudePruning(..., allocation
 model. Beside it, `numpy.partition(numpy.abs(flat), k)` on the same weights, already joined in one array: no exact
 selection of a threshold can do much less.
 
-`--constants` measures instead what `keras_squeeze/pruning/update_cost.py` takes an update and a training step to cost:
+`--constants` measures instead what `keras_squeeze/training/update_cost.py` takes an update and a training step to cost:
 stacks of Dense layers of several sizes and depths, one thread, least squares over the relative errors.
 """
 
@@ -199,8 +199,8 @@ def time_stack(layers: int, width: int, repetitions: int) -> dict[str, tuple[lis
     import tensorflow as tf
 
     import keras_squeeze as ks
-    from keras_squeeze.pruning import neuron_criteria
-    from keras_squeeze.pruning.neurons import Neurons
+    from keras_squeeze.neuron_pruning import neuron_criteria
+    from keras_squeeze.neuron_pruning.neurons import Neurons
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -264,7 +264,7 @@ def fit_cost(samples: list[tuple[list[int], float]]) -> np.ndarray:
 
 def constants_table(repetitions: int, on_run) -> str:
     """Measures all stacks, each in a process of its own, and sets the fitted constants beside those in use."""
-    from keras_squeeze.pruning import update_cost
+    from keras_squeeze.training import update_cost
 
     samples: dict[str, list] = {name: [] for name in COSTS}
     for layers, width in STACKS:

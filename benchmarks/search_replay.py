@@ -90,7 +90,7 @@ def replay(task: str, name: str, seed: int, trials: int) -> tuple[list[float], l
 
 
 def _first(table: Table) -> list[dict]:
-    from keras_squeeze.search.profiles import Sensitivity
+    from keras_squeeze.evaluation.sensitivity_profile import Sensitivity
     from keras_squeeze.search.seeding import first_configurations
 
     return first_configurations(Sensitivity.from_dict(table.profile), table.space)

@@ -97,7 +97,7 @@ def _train_float(task: str, folder: str) -> dict:
     """Trains the network that all trials begin with; what it measures."""
     import keras
 
-    from keras_squeeze.recipe import Recipe
+    from keras_squeeze.recipes.recipe import Recipe
     from keras_squeeze.search.artifacts import write_result
 
     keras.utils.set_random_seed(0)
@@ -113,7 +113,7 @@ def _profile(task: str, folder: str) -> dict:
     """The sensitivity of the float network, from which the first trials of a search come."""
     import keras
 
-    from keras_squeeze.search.sensitivity import sensitivity
+    from keras_squeeze.evaluation.layer_sensitivity import sensitivity
 
     _, test = _data(task)
     return sensitivity(keras.models.load_model(pathlib.Path(folder, "float.keras")), test).to_dict()

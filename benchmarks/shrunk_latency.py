@@ -87,7 +87,7 @@ def _prune(case: Case, model) -> None:
 def time_in_turn(case: Case, runs: int) -> tuple[list[float], list[float], float]:
     """Seconds of single inferences of parent and shrunk model, and the fraction of the MACs that is left."""
     import keras_squeeze as ks
-    from keras_squeeze.deployment.latency import prepare
+    from keras_squeeze.evaluation.latency import prepare
 
     parent = _build(case.network)
     whole = ks.summarize(parent).total.macs

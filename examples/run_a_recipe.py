@@ -9,7 +9,7 @@ import datasets
 import keras
 
 import keras_squeeze as ks
-from keras_squeeze import steps
+from keras_squeeze.recipes import steps
 
 options = datasets.arguments(__doc__, epochs=15)
 train, test = datasets.load(options.dataset)

@@ -3,32 +3,34 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from keras_squeeze import criteria, schedules, steps
-from keras_squeeze.after_target import AfterTarget
-from keras_squeeze.batch_norm import recalibrate_batch_norm
-from keras_squeeze.deployment.advice import advise
-from keras_squeeze.deployment.comparison import Comparison, compare
-from keras_squeeze.deployment.latency import Latency, measure_latencies, measure_latency
+from keras_squeeze import schedules
+from keras_squeeze.analysis.report import CompressionReport, summarize
+from keras_squeeze.channel_graph.rules import register_channel_rule
 from keras_squeeze.deployment.litert import ExportResult, export
 from keras_squeeze.deployment.packing import load_packed, save_packed
-from keras_squeeze.pruning.channel_rules import register_channel_rule
-from keras_squeeze.pruning.keep_sparsity import KeepSparsity
-from keras_squeeze.pruning.magnitude import MagnitudePruning, prune_weights
-from keras_squeeze.pruning.neuron import NeuronPruning, prune_neurons
-from keras_squeeze.pruning.overview import NeuronOverview, prunable_neurons
-from keras_squeeze.pruning.shrinking import shrink
+from keras_squeeze.evaluation.advice import advise
+from keras_squeeze.evaluation.comparison import Comparison, compare
+from keras_squeeze.evaluation.latency import Latency, measure_latencies, measure_latency
+from keras_squeeze.evaluation.layer_sensitivity import sensitivity
+from keras_squeeze.evaluation.sensitivity_profile import Sensitivity
+from keras_squeeze.introspection.selection import register_layer
+from keras_squeeze.neuron_pruning.neuron_overview import NeuronOverview, prunable_neurons
+from keras_squeeze.neuron_pruning.neuron_pruning import NeuronPruning, prune_neurons
+from keras_squeeze.neuron_pruning.shrinking import shrink
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.conversion import finalize, quantize_aware
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
-from keras_squeeze.quantization.scheduling import QuantizationSchedule
-from keras_squeeze.quantization.wrapper import QuantizeAware
-from keras_squeeze.recipe import Recipe
-from keras_squeeze.report import CompressionReport, summarize
+from keras_squeeze.quantization.quantization_schedule import QuantizationSchedule
+from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
+from keras_squeeze.recipes import steps
+from keras_squeeze.recipes.recipe import Recipe
 from keras_squeeze.search.objectives import pareto_front
-from keras_squeeze.search.profiles import Sensitivity
-from keras_squeeze.search.sensitivity import sensitivity
 from keras_squeeze.search.space import CompressionSpace
-from keras_squeeze.selection import register_layer
+from keras_squeeze.training.after_target import AfterTarget
+from keras_squeeze.training.batch_norm import recalibrate_batch_norm
+from keras_squeeze.weight_pruning import criteria
+from keras_squeeze.weight_pruning.keep_sparsity import KeepSparsity
+from keras_squeeze.weight_pruning.magnitude_pruning import MagnitudePruning, prune_weights
 
 if TYPE_CHECKING:
     from keras_squeeze.search.hypermodel import CompressionHyperModel

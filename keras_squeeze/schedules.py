@@ -30,7 +30,7 @@ class Schedule:
         begin: Time of the first update; int steps or float fraction of the run.
         end: Time of the last update, which always happens whatever `frequency` divides.
         frequency: Steps between updates. None: as many updates as cost at most a few percent of the run, from 8 to
-            about a hundred; see `pruning/update_cost.py`.
+            about a hundred; see `training/update_cost.py`.
 
     Raises:
         ValueError: a value outside its range, or `begin` after `end`.

@@ -6,10 +6,10 @@ import pytest
 from keras import layers
 
 import keras_squeeze as ks
-from keras_squeeze.deployment import advice
-from keras_squeeze.deployment.advice import RULES, Ratio
-from keras_squeeze.deployment.plans import zeros_of
-from keras_squeeze.selection import find_layers
+from keras_squeeze.evaluation import advice
+from keras_squeeze.evaluation.advice import RULES, Ratio
+from keras_squeeze.evaluation.plans import zeros_of
+from keras_squeeze.introspection.selection import find_layers
 
 
 def convnet(width=16, head=10) -> keras.Model:

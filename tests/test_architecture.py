@@ -13,37 +13,27 @@ NAME = PACKAGE.name
 
 # Data flows down this list. A module imports only what stands above it; what is in a folder stands together.
 ORDER = [
-    "progress",
-    "plots",
-    "macs",
-    "energy",
-    "graphs",
-    "grids",
-    "encodings",
-    "selection",
     "checks",
     "data",
     "schedules",
-    "criteria",
-    "tracing",
-    "report",
-    "gradients",
-    "batch_norm",
+    "atomic_write",
+    "progress",
+    "introspection",
     "training",
-    "after_target",
-    "pruning",
+    "channel_graph",
+    "analysis",
+    "reconstruction",
+    "weight_pruning",
+    "neuron_pruning",
     "quantization",
     "deployment",
-    "distillation",
-    "steps",
-    "recipe",
+    "evaluation",
+    "recipes",
     "search",
     "tfmot_compat",
-    "demo",
-    "commands",
     "cli",
 ]
-STRANGERS = [("pruning", "quantization")]  # these never import each other
+STRANGERS = [("weight_pruning", "quantization"), ("neuron_pruning", "quantization")]  # these never import each other
 
 # Slow to import, or not wanted by everybody: only inside the functions that need them.
 HEAVY = {

@@ -9,7 +9,7 @@ import tensorflow as tf
 from networks import two_devices
 
 import keras_squeeze as ks
-from keras_squeeze.batch_norm import STEPS_NEEDED, WINDOW, Change
+from keras_squeeze.training.batch_norm import STEPS_NEEDED, WINDOW, Change
 
 layers = keras.layers
 

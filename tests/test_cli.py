@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import keras_squeeze as ks
-from keras_squeeze import cli
+from keras_squeeze.cli import main as cli
 
 
 @pytest.fixture

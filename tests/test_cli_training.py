@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import keras_squeeze as ks
-from keras_squeeze import cli
+from keras_squeeze.cli import main as cli
 from keras_squeeze.deployment.loading import load_model
 from keras_squeeze.quantization.conversion import calibrate
-from keras_squeeze.steps import PruneNeurons, PruneWeights, Quantize
+from keras_squeeze.recipes.steps import PruneNeurons, PruneWeights, Quantize
 
 LOGITS = ("--loss", "sparse_categorical_crossentropy", "--from-logits", "--metrics", "accuracy")
 

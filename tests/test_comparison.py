@@ -16,7 +16,7 @@ from keras import layers
 
 import keras_squeeze as ks
 from keras_squeeze.deployment.loading import load_examples, load_model
-from keras_squeeze.deployment.scoring import find_judge
+from keras_squeeze.evaluation.scoring import find_judge
 
 
 def answers(path, *inputs) -> np.ndarray:

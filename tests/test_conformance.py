@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import keras_squeeze as ks
-from keras_squeeze import criteria, schedules
-from keras_squeeze.pruning import masks, weight_allocation
-from keras_squeeze.selection import select_layers
+from keras_squeeze import schedules
+from keras_squeeze.introspection.selection import select_layers
+from keras_squeeze.weight_pruning import criteria, masks, weight_allocation
 
 # Each row: an instance with no argument left at its default where that can be.
 SCHEDULES = [

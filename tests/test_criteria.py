@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_squeeze import criteria
-from keras_squeeze.criteria import LAMP, SNIP, Magnitude, Movement, Random, loss_gradients
+from keras_squeeze.weight_pruning import criteria
+from keras_squeeze.weight_pruning.criteria import LAMP, SNIP, Magnitude, Movement, Random, loss_gradients
 
 # Scores.
 

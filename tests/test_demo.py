@@ -14,7 +14,9 @@ from ai_edge_litert.interpreter import Interpreter
 from networks import count_zeros, small_convnet
 
 import keras_squeeze as ks
-from keras_squeeze import cli, demo, plots
+from keras_squeeze.analysis import plots
+from keras_squeeze.cli import demo
+from keras_squeeze.cli import main as cli
 
 FOLDER = pathlib.Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "datasets")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import keras_squeeze as ks
-from keras_squeeze.encodings import PLACES, VALUES, Encoded, decode, encode
-from keras_squeeze.grids import find_integers
+from keras_squeeze.analysis.encodings import PLACES, VALUES, Encoded, decode, encode
+from keras_squeeze.analysis.grids import find_integers
 
 RNG = np.random.default_rng
 
@@ -81,7 +81,7 @@ def test_nothing_is_lost(array):
 def test_gaps_of_every_length(gap, places):
     values = np.zeros(6000, "float32")
     values[[3, gap + 4]] = [1.5, -0.3]
-    from keras_squeeze import encodings
+    from keras_squeeze.analysis import encodings
 
     found = encodings._stored(next(w for w in encodings._ways(normal(9)) if w.kind == "raw"), "all", values != 0)
     assert found.values == "raw"

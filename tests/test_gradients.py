@@ -7,10 +7,10 @@ import tensorflow as tf
 from networks import kernels, small_convnet, two_devices
 
 import keras_squeeze as ks
-from keras_squeeze import criteria
-from keras_squeeze.gradients import BATCHES, GradientWindow, GroupProducts, MeanGradients
-from keras_squeeze.pruning import neuron_criteria
-from keras_squeeze.pruning.neurons import Neurons
+from keras_squeeze.neuron_pruning import neuron_criteria
+from keras_squeeze.neuron_pruning.neurons import Neurons
+from keras_squeeze.training.gradients import BATCHES, GradientWindow, GroupProducts, MeanGradients
+from keras_squeeze.weight_pruning import criteria
 
 BATCH = 16
 

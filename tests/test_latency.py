@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import keras_squeeze as ks
-from keras_squeeze.deployment import latency
 from keras_squeeze.deployment.converting import convert
+from keras_squeeze.evaluation import latency
 
 layers = keras.layers
 

@@ -9,8 +9,8 @@ import tensorflow as tf
 from networks import residual_convnet, two_devices
 
 import keras_squeeze as ks
-from keras_squeeze.pruning import neuron_criteria
-from keras_squeeze.pruning.neurons import Neurons, Savings
+from keras_squeeze.neuron_pruning import neuron_criteria
+from keras_squeeze.neuron_pruning.neurons import Neurons, Savings
 
 FRACTION = 0.5
 PRUNABLE = 16 + 32 + 32  # stem and outer are joined by the sum; the logits are frozen

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from keras_squeeze.pruning import ranking
-from keras_squeeze.pruning.ranking import mark_largest
+from keras_squeeze.weight_pruning import ranking
+from keras_squeeze.weight_pruning.ranking import mark_largest
 
 
 def marks_by_stable_sort(arrays, count):

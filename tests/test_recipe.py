@@ -9,9 +9,10 @@ import pytest
 from networks import small_convnet, sparsity
 
 import keras_squeeze as ks
-from keras_squeeze import schedules, steps
-from keras_squeeze.recipe import share_out
-from keras_squeeze.steps import FineTune, PruneNeurons, PruneWeights, Quantize
+from keras_squeeze import schedules
+from keras_squeeze.recipes import steps
+from keras_squeeze.recipes.recipe import share_out
+from keras_squeeze.recipes.steps import FineTune, PruneNeurons, PruneWeights, Quantize
 
 EVERY_STEP = [
     PruneNeurons(0.4, layers="conv|hidden", round_to=1, share=2, learning_rate=0.002),
@@ -136,7 +137,7 @@ def test_a_teacher_draws_the_student_to_its_answers(trained):
 
 @pytest.mark.parametrize("kind", ["logits", "probabilities", "values"])
 def test_distillation_loss_by_hand(kind):
-    from keras_squeeze.distillation import Distillation
+    from keras_squeeze.recipes.distillation import Distillation
 
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 6, 4)).astype("float32")

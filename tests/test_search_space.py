@@ -8,8 +8,8 @@ import pytest
 from networks import small_convnet
 
 import keras_squeeze as ks
+from keras_squeeze.recipes.steps import FineTune, PruneNeurons, PruneWeights, Quantize
 from keras_squeeze.schedules import PolynomialDecay
-from keras_squeeze.steps import FineTune, PruneNeurons, PruneWeights, Quantize
 
 
 def declared(space) -> keras_tuner.HyperParameters:
@@ -235,7 +235,7 @@ def test_bad_files(tmp_path):
 
 
 def test_first_configurations_come_from_the_profile():
-    from keras_squeeze.search.profiles import Curve, Sensitivity
+    from keras_squeeze.evaluation.sensitivity_profile import Curve, Sensitivity
     from keras_squeeze.search.seeding import first_configurations
 
     curves = [
@@ -257,7 +257,7 @@ def test_first_configurations_come_from_the_profile():
 
 
 def test_first_configurations_of_groups_and_of_what_is_fixed():
-    from keras_squeeze.search.profiles import Curve, Sensitivity
+    from keras_squeeze.evaluation.sensitivity_profile import Curve, Sensitivity
     from keras_squeeze.search.seeding import first_configurations
 
     curves = [Curve(name, "sparsity", (0.5, 0.9), (0.9, 0.1)) for name in ("all", "conv", "dense")]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_squeeze import selection
-from keras_squeeze.selection import (
+from keras_squeeze.introspection import selection
+from keras_squeeze.introspection.selection import (
     CompressibleWeight,
     check_finite,
     find_layers,

@@ -13,8 +13,8 @@ import tensorflow as tf
 from keras import layers
 
 import keras_squeeze as ks
-from keras_squeeze.search.profiles import Curve, Sensitivity
-from keras_squeeze.search.sensitivity import sensitivity
+from keras_squeeze.evaluation.layer_sensitivity import sensitivity
+from keras_squeeze.evaluation.sensitivity_profile import Curve, Sensitivity
 
 FEW = {"sparsities": (0.5, 0.9), "bits": (4, 1), "neurons": (0.5,)}  # what is tried where the values do not matter
 

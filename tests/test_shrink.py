@@ -376,7 +376,7 @@ def scaled_model():
 
 
 def test_a_registered_rule(monkeypatch):
-    from keras_squeeze.pruning import channel_rules
+    from keras_squeeze.channel_graph import rules as channel_rules
 
     monkeypatch.setattr(channel_rules, "_RULES", dict(channel_rules._RULES))
     with pytest.raises(ValueError, match="read by scale: Scale has no channel rule"):
@@ -511,7 +511,7 @@ def test_an_adapted_vocabulary_is_kept():
 
 
 def test_a_rule_that_returns_nothing_is_named(monkeypatch):
-    from keras_squeeze.pruning import channel_rules
+    from keras_squeeze.channel_graph import rules as channel_rules
 
     monkeypatch.setattr(channel_rules, "_RULES", {**channel_rules._RULES, Scale: lambda layer, inputs, graph: None})
     with pytest.raises(TypeError, match="scale: the channel rule of Scale must return"):

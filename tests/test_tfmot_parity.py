@@ -12,8 +12,8 @@ import pytest
 import tensorflow as tf
 
 from keras_squeeze import schedules
-from keras_squeeze.criteria import Magnitude
-from keras_squeeze.pruning.masks import Blocks, NOfM, select_masks
+from keras_squeeze.weight_pruning.criteria import Magnitude
+from keras_squeeze.weight_pruning.masks import Blocks, NOfM, select_masks
 
 
 @pytest.fixture(scope="module")

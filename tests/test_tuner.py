@@ -101,7 +101,7 @@ def test_what_is_said(finished):
 
 
 def test_first_trials_are_those_of_the_profile(finished):
-    from keras_squeeze.search.profiles import Sensitivity
+    from keras_squeeze.evaluation.sensitivity_profile import Sensitivity
     from keras_squeeze.search.seeding import first_configurations
 
     tuner, _, _ = finished

@@ -6,7 +6,8 @@ import pytest
 from networks import ZerosAtEveryStep, residual_convnet, small_convnet
 
 import keras_squeeze as ks
-from keras_squeeze.pruning.update_cost import (
+from keras_squeeze.schedules import UPDATES_BY_DEFAULT
+from keras_squeeze.training.update_cost import (
     CONVOLUTION,
     FEWEST,
     SHARE,
@@ -16,7 +17,6 @@ from keras_squeeze.pruning.update_cost import (
     affordable_updates,
     step_time,
 )
-from keras_squeeze.schedules import UPDATES_BY_DEFAULT
 
 
 def test_cost_by_hand():

@@ -9,8 +9,8 @@ import pytest
 from networks import count_zeros, kernels, small_convnet
 
 import keras_squeeze as ks
-from keras_squeeze.pruning.masks import select_masks
-from keras_squeeze.pruning.weight_allocation import (
+from keras_squeeze.weight_pruning.masks import select_masks
+from keras_squeeze.weight_pruning.weight_allocation import (
     FLOOR,
     erk_sparsities,
     floor_count,

@@ -1,1 +1,1 @@
-"""What ships: files, and how fast they are."""
+"""Deployment: the files that ship."""

@@ -6,7 +6,7 @@ A packed file is a zip archive:
 |---|---|
 | `manifest.json` | format, version, SHA-256 of the other members, and how each weight is stored |
 | `model.json` | the model's configuration, as Keras serializes it |
-| `weights.bin` | the streams of all weights, one after the other; see `keras_squeeze.encodings` |
+| `weights.bin` | the streams of all weights, one after the other; see `keras_squeeze.analysis.encodings` |
 | `assets/<layer>/<name>` | what layers keep in files, such as vocabularies |
 
 Nothing in it is executed here, nothing is written to where it says, and no more is unpacked than it may hold.
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_squeeze.encodings import PLACES, VALUES, Encoded, decode, encode
+from keras_squeeze.analysis.encodings import PLACES, VALUES, Encoded, decode, encode
 
 FORMAT = "keras_squeeze packed model"
 VERSION = 1

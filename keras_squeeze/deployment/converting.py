@@ -8,11 +8,11 @@ import keras
 import numpy as np
 
 from keras_squeeze.deployment.editing import edit
-from keras_squeeze.graphs import functional_of, nodes_of
+from keras_squeeze.introspection.functional import functional_of, nodes_of
+from keras_squeeze.introspection.selection import read, require_tensorflow
 from keras_squeeze.quantization.fake_quantize import converting
 from keras_squeeze.quantization.placement import only_reader
-from keras_squeeze.quantization.wrapper import QuantizeAware
-from keras_squeeze.selection import read, require_tensorflow
+from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
 
 _INPUT = "input_{}"  # what an input is called until it gets the name of the model's
 _FIXED = "Recurrent layers need a fixed number of examples: pass batch_size=1."

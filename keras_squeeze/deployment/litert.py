@@ -7,21 +7,15 @@ import keras
 import numpy as np
 
 from keras_squeeze import checks
-from keras_squeeze.deployment.checking import (
-    agreement,
-    disagree,
-    largest_difference,
-    outputs_of,
-    sample_inputs,
-)
+from keras_squeeze.atomic_write import write_file
+from keras_squeeze.deployment.checking import agreement, disagree, largest_difference, outputs_of, sample_inputs
 from keras_squeeze.deployment.converting import convert_traced, trace, without_zero_gammas, zero_gammas
 from keras_squeeze.deployment.editing import fit_four_bits
 from keras_squeeze.deployment.inspecting import compare_integers, float_ops, predict_file
-from keras_squeeze.deployment.writing import write_file
+from keras_squeeze.introspection.selection import find_layers, read, require_tensorflow
 from keras_squeeze.quantization.conversion import calibrate, finalize, quantize_aware
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
-from keras_squeeze.quantization.wrapper import QuantizeAware
-from keras_squeeze.selection import find_layers, read, require_tensorflow
+from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
 
 PRECISIONS = ("float32", "float16", "int8", "int4")
 

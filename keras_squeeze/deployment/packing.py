@@ -1,6 +1,6 @@
 """`save_packed` and `load_packed`: a whole model in one small file, quantized and pruned weights at their real size.
 
-`archives.py` says what is in such a file, `keras_squeeze.encodings` how a weight is stored.
+`archives.py` says what is in such a file, `keras_squeeze.analysis.encodings` how a weight is stored.
 """
 
 import json
@@ -15,11 +15,11 @@ import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import initialize_all_variables
 
+from keras_squeeze.atomic_write import write_file
 from keras_squeeze.deployment.archives import Archive, asset_name, first_line, size_of
-from keras_squeeze.deployment.writing import write_file
+from keras_squeeze.introspection.selection import read, require_tensorflow
 from keras_squeeze.quantization.conversion import finalize
-from keras_squeeze.quantization.wrapper import QuantizeAware
-from keras_squeeze.selection import read, require_tensorflow
+from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
 
 MAX_BYTES = 4 << 30
 
@@ -29,7 +29,7 @@ _OTHERS = (".keras", ".h5", ".tflite")
 def save_packed(model: keras.Model, path) -> int:
     """Writes a model, weights and architecture, as one small file.
 
-    Every weight takes the smallest of several forms (see `keras_squeeze.encodings`): integers of a grid at their real
+    Every weight takes the smallest of several forms (see `analysis/encodings.py`): integers of a grid at their real
     number of bits, one for binary weights; nonzero values only, with their places; float values byte by byte; all of it
     entropy-coded. The optimizer and what `compile` was given are left out.
 

@@ -8,14 +8,15 @@ import keras
 import numpy as np
 
 from keras_squeeze.data import batches, inputs_only
-from keras_squeeze.graphs import Rebuilder, compile_like, copy_layer, functional_of, nodes_of, require_graph
-from keras_squeeze.quantization import placement as placing
-from keras_squeeze.quantization import quantizers
-from keras_squeeze.quantization.fake_quantize import FakeQuantize
-from keras_squeeze.quantization.placement import Placement
-from keras_squeeze.quantization.quantizers import Affine, Binary, Quantizer, UniformQuantizer
-from keras_squeeze.quantization.wrapper import QuantizeAware, takes_signs
-from keras_squeeze.selection import (
+from keras_squeeze.introspection.functional import (
+    Rebuilder,
+    compile_like,
+    copy_layer,
+    functional_of,
+    nodes_of,
+    require_graph,
+)
+from keras_squeeze.introspection.selection import (
     CompressibleLayer,
     Layers,
     check_finite,
@@ -25,6 +26,12 @@ from keras_squeeze.selection import (
     require_tensorflow,
     select_layers,
 )
+from keras_squeeze.quantization import placement as placing
+from keras_squeeze.quantization import quantizers
+from keras_squeeze.quantization.fake_quantize import FakeQuantize
+from keras_squeeze.quantization.placement import Placement
+from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware, takes_signs
+from keras_squeeze.quantization.quantizers import Affine, Binary, Quantizer, UniformQuantizer
 
 _EDGE_BITS = 8
 _PRUNED = 0.001  # a larger part of zeros is no accident

@@ -7,10 +7,10 @@ import keras
 from keras import ops
 from keras.src.backend import compute_output_spec, in_stateless_scope
 
+from keras_squeeze.analysis.report import register_activation_bits
+from keras_squeeze.introspection.selection import register_bookkeeping
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.quantizers import Binary, Quantizer, UniformQuantizer
-from keras_squeeze.report import register_activation_bits
-from keras_squeeze.selection import register_bookkeeping
 
 _conversion = threading.local()
 

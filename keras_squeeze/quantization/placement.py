@@ -13,8 +13,8 @@ import keras
 from keras import layers
 from keras.src.ops import numpy as operations  # what `+` between tensors becomes
 
-from keras_squeeze.graphs import functional_of, nodes_of
-from keras_squeeze.selection import layer_weights
+from keras_squeeze.introspection.functional import functional_of, nodes_of
+from keras_squeeze.introspection.selection import layer_weights
 
 LOW_BITS = 4  # below it, the first and the last layer of a model keep what they have
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import keras
 
-from keras_squeeze.deployment.latency import measure_latency
+from keras_squeeze.analysis.report import summarize
+from keras_squeeze.atomic_write import write_file
 from keras_squeeze.deployment.litert import ExportResult, export
 from keras_squeeze.deployment.packing import save_packed
-from keras_squeeze.deployment.writing import write_file
-from keras_squeeze.quantization.wrapper import QuantizeAware
-from keras_squeeze.recipe import Recipe
-from keras_squeeze.report import summarize
-from keras_squeeze.steps import finished
+from keras_squeeze.evaluation.latency import measure_latency
+from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
+from keras_squeeze.recipes.recipe import Recipe
+from keras_squeeze.recipes.steps import finished
 
 ARTIFACTS = {"tflite": "model.tflite", "packed": "model.squeeze"}
 """The files whose size can be `size_bytes`."""

@@ -13,13 +13,13 @@ from keras_tuner import errors
 from keras_tuner.src.engine.tuner_utils import SaveBestEpoch, TunerCallback
 
 from keras_squeeze import checks
-from keras_squeeze.graphs import compile_like, functional_of
-from keras_squeeze.recipe import Recipe
+from keras_squeeze.evaluation.metrics import find_direction
+from keras_squeeze.introspection.functional import compile_like, functional_of
+from keras_squeeze.recipes.recipe import Recipe
+from keras_squeeze.recipes.steps import FineTune
 from keras_squeeze.search.artifacts import ARTIFACTS, Result, write_files, write_result
-from keras_squeeze.search.metrics import find_direction
 from keras_squeeze.search.objectives import Budgets, direction_of, forgiving_score, score
 from keras_squeeze.search.space import CompressionSpace
-from keras_squeeze.steps import FineTune
 
 _PARENT = "tuner/trial_id"  # where Hyperband says which trial to go on with
 _TRAINED = "trained.keras"

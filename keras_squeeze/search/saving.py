@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from keras_squeeze.deployment.writing import write_file
+from keras_squeeze.atomic_write import write_file
 
 
 def save_json(path: str | pathlib.Path, content: Any) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from keras_squeeze.search.profiles import WHOLE, Sensitivity
+from keras_squeeze.evaluation.sensitivity_profile import WHOLE, Sensitivity
 from keras_squeeze.search.space import FLOAT_BITS, CompressionSpace, Dimension
 
 # How much of the metric may be gone before training, which wins most of it back: what ends near the front looks bad

@@ -13,15 +13,15 @@ import keras_tuner
 from keras_tuner.src.distribute import utils as distributed
 from keras_tuner.src.engine.tuner import maybe_distribute
 
-from keras_squeeze import plots
-from keras_squeeze.recipe import Recipe
+from keras_squeeze.analysis import plots
+from keras_squeeze.evaluation.layer_sensitivity import sensitivity as profile_of
+from keras_squeeze.recipes.recipe import Recipe
 from keras_squeeze.search.alive import Heartbeat, heartbeat_seconds, wait_for_chief
 from keras_squeeze.search.artifacts import Result, write_result
 from keras_squeeze.search.hypermodel import CompressionHyperModel, check_validation, split_validation
 from keras_squeeze.search.objectives import Budgets, is_size, knee_point, pareto_front
 from keras_squeeze.search.oracle import ParetoOracle
 from keras_squeeze.search.seeding import first_configurations
-from keras_squeeze.search.sensitivity import sensitivity as profile_of
 from keras_squeeze.search.summaries import duration, extremes, in_words, table_of
 from keras_squeeze.search.watching import HopelessTrialError, Watch
 

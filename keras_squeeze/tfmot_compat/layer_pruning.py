@@ -5,13 +5,13 @@ import contextlib
 import keras
 import numpy as np
 
-from keras_squeeze.pruning.constraints import MaskConstraint
-from keras_squeeze.pruning.groups import WeightGroup
-from keras_squeeze.pruning.magnitude import MagnitudePruning
-from keras_squeeze.pruning.masks import NOfM
-from keras_squeeze.selection import CompressibleLayer
+from keras_squeeze.introspection.selection import CompressibleLayer
 from keras_squeeze.tfmot_compat.pruning_schedules import course_of
-from keras_squeeze.training import CompressionCallback
+from keras_squeeze.training.fit_run import CompressionCallback
+from keras_squeeze.training.mask_constraint import MaskConstraint
+from keras_squeeze.weight_pruning.magnitude_pruning import MagnitudePruning
+from keras_squeeze.weight_pruning.masks import NOfM
+from keras_squeeze.weight_pruning.weight_groups import WeightGroup
 
 _PRUNING = "_pruned_by_keras_squeeze"
 

@@ -5,7 +5,7 @@ import warnings
 
 import keras
 
-from keras_squeeze.graphs import Rebuilder, functional_of
+from keras_squeeze.introspection.functional import Rebuilder, functional_of
 from keras_squeeze.tfmot_compat.pruning_policies import PruningPolicy
 from keras_squeeze.tfmot_compat.pruning_schedules import DEFAULT
 from keras_squeeze.tfmot_compat.pruning_wrapper import PruneLowMagnitude, can_be_pruned

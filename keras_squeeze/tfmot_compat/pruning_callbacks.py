@@ -6,7 +6,7 @@ import keras
 
 from keras_squeeze.tfmot_compat.layer_pruning import LayerPruning
 from keras_squeeze.tfmot_compat.pruning_wrapper import PruneLowMagnitude
-from keras_squeeze.training import CompressionCallback
+from keras_squeeze.training.fit_run import CompressionCallback
 
 
 class UpdatePruningStep(CompressionCallback):

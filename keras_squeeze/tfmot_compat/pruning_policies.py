@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from keras import layers
 from keras.src.ops import numpy as operations  # what `+` between tensors becomes
 
-from keras_squeeze.graphs import nodes_of, require_graph
+from keras_squeeze.introspection.functional import nodes_of, require_graph
 
 _ELEMENTWISE = (
     *(layers.Add, layers.Multiply, layers.ZeroPadding2D, layers.ReLU, layers.LeakyReLU, layers.ELU, layers.Dropout),

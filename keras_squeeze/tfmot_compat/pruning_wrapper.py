@@ -7,8 +7,7 @@ import numpy as np
 from keras.src.backend import in_stateless_scope
 
 from keras_squeeze import checks
-from keras_squeeze.pruning.masks import Blocks, NOfM, Pattern, Unstructured
-from keras_squeeze.selection import (
+from keras_squeeze.introspection.selection import (
     CompressibleWeight,
     in_table,
     layer_weights,
@@ -19,6 +18,7 @@ from keras_squeeze.tfmot_compat import pruning_schedules
 from keras_squeeze.tfmot_compat.layer_pruning import LayerPruning
 from keras_squeeze.tfmot_compat.pruning_schedules import DEFAULT
 from keras_squeeze.tfmot_compat.wrapping import TransparentWrapper
+from keras_squeeze.weight_pruning.masks import Blocks, NOfM, Pattern, Unstructured
 
 _POOLING = {"AVG": "mean", "MAX": "max"}
 

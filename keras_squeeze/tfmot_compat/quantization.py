@@ -1,6 +1,6 @@
 """`tfmot.quantization.keras`: quantization-aware training."""
 
-from keras_squeeze.quantization.wrapper import QuantizeAware
+from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
 from keras_squeeze.tfmot_compat.clustering import CLUSTERING_INSTEAD
 from keras_squeeze.tfmot_compat.namespaces import namespace
 from keras_squeeze.tfmot_compat.quantizing import (

@@ -4,10 +4,10 @@ import re
 
 import keras
 
-from keras_squeeze.graphs import Rebuilder, functional_of, require_graph
+from keras_squeeze.introspection.functional import Rebuilder, functional_of, require_graph
+from keras_squeeze.introspection.selection import find_layers
 from keras_squeeze.quantization.conversion import quantize_aware
-from keras_squeeze.quantization.wrapper import QuantizeAware
-from keras_squeeze.selection import find_layers
+from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
 from keras_squeeze.tfmot_compat.pruning_wrapper import PruneLowMagnitude
 from keras_squeeze.tfmot_compat.schemes import Default8BitQuantizeScheme, QuantizationScheme
 from keras_squeeze.tfmot_compat.wrapping import TransparentWrapper, Unwrapper

@@ -6,8 +6,8 @@ import inspect
 import keras
 from keras.src.backend import compute_output_spec
 
-from keras_squeeze.graphs import Rebuilder, copy_layer, functional_of
-from keras_squeeze.selection import read
+from keras_squeeze.introspection.functional import Rebuilder, copy_layer, functional_of
+from keras_squeeze.introspection.selection import read
 
 
 class TransparentWrapper(keras.layers.Wrapper):

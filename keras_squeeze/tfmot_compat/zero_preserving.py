@@ -2,10 +2,10 @@
 
 import keras
 
-from keras_squeeze.graphs import Rebuilder, copy_layer
-from keras_squeeze.pruning.constraints import MaskConstraint
-from keras_squeeze.quantization.wrapper import QuantizeAware
-from keras_squeeze.selection import read, register_bookkeeping
+from keras_squeeze.introspection.functional import Rebuilder, copy_layer
+from keras_squeeze.introspection.selection import read, register_bookkeeping
+from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
+from keras_squeeze.training.mask_constraint import MaskConstraint
 
 
 @keras.saving.register_keras_serializable("keras_squeeze.tfmot_compat")

@@ -1,0 +1,1 @@
+"""The channel graph: which slices of which weights belong to one neuron."""

@@ -1,0 +1,1 @@
+"""The `keras-squeeze` command, one module for each group of subcommands."""

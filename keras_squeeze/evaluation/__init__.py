@@ -1,0 +1,1 @@
+"""Measurements and advice: latency, comparisons, sensitivity of layers."""

@@ -1,0 +1,1 @@
+"""Knowledge of Keras's internals: the table of layers, selections, functional graphs."""

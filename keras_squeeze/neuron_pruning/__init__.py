@@ -1,0 +1,1 @@
+"""Neuron pruning: which neurons become zero, and their removal."""

@@ -1,1 +1,0 @@
-"""Pruning: which weights become zero, and when."""

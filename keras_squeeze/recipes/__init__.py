@@ -1,0 +1,1 @@
+"""Recipes: plans of compression steps that are written down and run."""

@@ -1,0 +1,1 @@
+"""Corrections of a compressed model without training."""

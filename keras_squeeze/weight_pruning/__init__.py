@@ -1,0 +1,1 @@
+"""Weight pruning: which weights become zero, and when."""
