@@ -196,7 +196,8 @@ def _layers_taking_part(model, roles: list[str]) -> list:
 
 def _measure_sparsity(model) -> float:
     """Returns the fraction of zeros over all prunable weights, whether they take part or not."""
-    from keras_squeeze.introspection.selection import find_layers, read
+    from keras_squeeze.introspection.selection import find_layers
+    from keras_squeeze.introspection.variables import read
 
     values = [read(weight.variable) for weight in find_layers(model).weights]
     return 1.0 - sum(int(np.count_nonzero(array)) for array in values) / sum(array.size for array in values)

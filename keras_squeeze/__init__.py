@@ -13,7 +13,7 @@ from keras_squeeze.evaluation.comparison import Comparison, compare
 from keras_squeeze.evaluation.latency import Latency, measure_latencies, measure_latency
 from keras_squeeze.evaluation.layer_sensitivity import sensitivity
 from keras_squeeze.evaluation.sensitivity_profile import Sensitivity
-from keras_squeeze.introspection.selection import register_layer
+from keras_squeeze.introspection.layer_table import register_layer
 from keras_squeeze.neuron_pruning.neuron_overview import NeuronOverview, prunable_neurons
 from keras_squeeze.neuron_pruning.neuron_pruning import NeuronPruning, prune_neurons
 from keras_squeeze.neuron_pruning.shrinking import shrink

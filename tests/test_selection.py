@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_squeeze.introspection import selection
-from keras_squeeze.introspection.selection import (
-    CompressibleWeight,
-    check_finite,
-    find_layers,
-    mac_formula,
-    register_layer,
-    select_layers,
-)
+from keras_squeeze.introspection import layer_table
+from keras_squeeze.introspection.layer_table import mac_formula, register_layer
+from keras_squeeze.introspection.selection import CompressibleWeight, check_finite, find_layers, select_layers
 
 
 def apply_alone(layer, *shape, dtype=None):
@@ -397,7 +391,7 @@ class NamedDense(layers.Dense):
 @pytest.fixture
 def adapted(monkeypatch):
     """A model with a custom layer; what a test registers is forgotten after it."""
-    monkeypatch.setattr(selection, "_TABLE", dict(selection._TABLE))
+    monkeypatch.setattr(layer_table, "_TABLE", dict(layer_table._TABLE))
     return keras.Sequential([keras.Input((4,)), layers.Dense(4, name="dense"), Adapter(name="adapter")])
 
 
@@ -473,10 +467,10 @@ def test_a_registered_mac_formula_is_used(adapted):
     ],
 )
 def test_bad_registrations(arguments, message):
-    table = dict(selection._TABLE)
+    table = dict(layer_table._TABLE)
     with pytest.raises(TypeError, match=message):
         register_layer(*arguments)
-    assert table == selection._TABLE
+    assert table == layer_table._TABLE
 
 
 class WithOwnWeight(keras.Model):

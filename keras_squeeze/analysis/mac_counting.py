@@ -18,7 +18,7 @@ from typing import Any
 
 import keras
 
-from keras_squeeze.introspection.selection import mac_formula
+from keras_squeeze.introspection.layer_table import mac_formula
 
 _GIVE_SHAPE = "Pass `input_shape=`, the shape of one example without the batch."
 

@@ -15,7 +15,9 @@ from keras_squeeze.analysis.encodings import encode
 from keras_squeeze.analysis.energy import dram_pj, mac_pj
 from keras_squeeze.analysis.grids import Grid, find_grid
 from keras_squeeze.analysis.mac_counting import MacCount, count_macs
-from keras_squeeze.introspection.selection import Variable, _row, _underlying, find_layers, mac_formula, read
+from keras_squeeze.introspection.layer_table import mac_formula, spec_of, stored_variable
+from keras_squeeze.introspection.selection import find_layers
+from keras_squeeze.introspection.variables import Variable, read
 
 _GRIDS: dict[type, Callable[[Any], dict[int, Grid]]] = {}
 _ACTIVATION_BITS: dict[type, Callable[[Any], int | None]] = {}
@@ -242,7 +244,7 @@ def _members(model) -> Iterator[tuple[str, keras.Layer, list[Variable]]]:
     seen = set()
 
     def visit(layer, path):
-        row = _row(layer)
+        row = spec_of(layer)
         parts = [] if row is not None and row.whole else layer._layers
         inherited = {id(weight) for part in parts for weight in part.weights}
         own = [weight for weight in layer.weights if id(weight) not in inherited]
@@ -258,9 +260,9 @@ def _members(model) -> Iterator[tuple[str, keras.Layer, list[Variable]]]:
 
 def _kernels(layer, part: bool = False) -> Iterator[tuple[str, Variable]]:
     """The weights that the layer table names, those included that cannot be pruned: integers, shared ones."""
-    row = _row(layer)
+    row = spec_of(layer)
     if row is not None and not row.whole:
-        weights = ((name, _underlying(layer, name)) for name in row.weights)
+        weights = ((name, stored_variable(layer, name)) for name in row.weights)
         yield from ((name, weight) for name, weight in weights if isinstance(weight, Variable))
     elif row is not None or part:
         for inner in layer._layers:

@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_squeeze.channel_graph.graph import ChannelGraph, Channels
 from keras_squeeze.channel_graph.shape_rules import arguments_of, mixed, registering
-from keras_squeeze.introspection.selection import _underlying
+from keras_squeeze.introspection.layer_table import stored_variable
 
 ATTENTION_RULES: dict[type, Callable] = {}
 
@@ -35,7 +35,7 @@ class _Projection:
 
     @property
     def kernel(self):
-        return _underlying(self.dense, "kernel")
+        return stored_variable(self.dense, "kernel")
 
     def alive(self, graph: ChannelGraph) -> np.ndarray:
         """Boolean array of shape (heads, width): where the projection is not zero throughout."""
@@ -59,10 +59,10 @@ def multi_head_attention(layer, inputs, graph: ChannelGraph):
     mixes = len(output.kernel.shape) != 3 or any(axis % max(ranks) == max(ranks) - 1 for axis in axes)
     if mixes or not _is_plain(layer, tensors):
         return mixed(layer, inputs, graph)
-    kernel = _underlying(layer._query_dense, "kernel")
+    kernel = stored_variable(layer._query_dense, "kernel")
     heads = graph.produce(kernel, 1, (), name="heads", rounded=False).ids
     keys = graph.produce(kernel, 2, (), name="key_dim").ids
-    values = graph.produce(_underlying(layer._value_dense, "kernel"), 2, (), name="value_dim").ids
+    values = graph.produce(stored_variable(layer._value_dense, "kernel"), 2, (), name="value_dim").ids
     query, key, value = (
         _projected(dense, x, heads, width, graph)
         for dense, x, width in zip(_denses(layer), tensors, (keys, keys, values), strict=True)
@@ -97,8 +97,8 @@ def group_query_attention(layer, inputs, graph: ChannelGraph):
     output = layer._output_dense
     shared = layer.num_key_value_heads == 1
     first = layer._query_dense if shared else layer._key_dense
-    heads = graph.produce(_underlying(first, "kernel"), 1, (), name="heads", rounded=False).ids
-    width = graph.produce(_underlying(layer._query_dense, "kernel"), 2, (), name="head_dim").ids
+    heads = graph.produce(stored_variable(first, "kernel"), 1, (), name="heads", rounded=False).ids
+    width = graph.produce(stored_variable(layer._query_dense, "kernel"), 2, (), name="head_dim").ids
     query_heads = heads if shared else np.repeat(heads, layer.num_repeats)
     key_heads = None if shared else heads
     query, key, value = (
@@ -179,7 +179,7 @@ def _denses(layer) -> tuple:
 
 def _projected(dense, x: Channels, heads: np.ndarray | None, width: np.ndarray, graph: ChannelGraph) -> _Projection:
     """A projection to heads (None: to a single one that stays) of a width."""
-    kernel = _underlying(dense, "kernel")
+    kernel = stored_variable(dense, "kernel")
     graph.consume(dense, kernel, 0, x)
     graph.require_constant(x, True, f"its output is constant but not zero, and {graph.path} attends to it")
     graph.compute(kernel, 2, width)
@@ -217,7 +217,7 @@ def _observed(output, x: Channels, heads: np.ndarray, values: np.ndarray, graph:
 def _output(layer, heads: np.ndarray, graph: ChannelGraph) -> Channels:
     """The channels that the output projection computes."""
     dense = layer._output_dense
-    kernel = _underlying(dense, "kernel")
+    kernel = stored_variable(dense, "kernel")
     found = graph.produce(kernel, 2, graph.shapes[0])
     if dense.bias is not None:
         graph.follow(dense.bias, 0, found.ids)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_squeeze.introspection.selection import read
+from keras_squeeze.introspection.variables import read
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from keras_squeeze.channel_graph.shape_rules import (
     through_function,
     unchanged,
 )
-from keras_squeeze.introspection.selection import _underlying
+from keras_squeeze.introspection.layer_table import stored_variable
 
 Rule = Callable[[keras.Layer, Sequence[Channels], ChannelGraph], Channels | Sequence[Channels]]
 
@@ -103,7 +103,7 @@ def dense(layer, inputs, graph):
     x = along_last_axis(layer, inputs[0], graph)
     if len(x.ids) != layer.kernel.shape[-2]:  # a size that is not known
         return mixed(layer, inputs, graph)
-    kernel = _underlying(layer, "kernel")
+    kernel = stored_variable(layer, "kernel")
     output = _contract(layer, graph, x, kernel, -2, -1, layer.bias, graph.shapes[0], folds=True)
     graph.option(layer, "units", output.ids)
     return _activated(layer, output, graph)
@@ -122,7 +122,7 @@ def einsum_dense(layer, inputs, graph):
     if layer.bias is not None and layer.bias.shape != (layer.bias.shape[-1],):
         return mixed(layer, inputs, graph)
     in_axis, out_axis = kernel_letters.index(letter), kernel_letters.index(new[0])
-    kernel = _underlying(layer, "kernel")
+    kernel = stored_variable(layer, "kernel")
     output = _contract(layer, graph, x, kernel, in_axis, out_axis, layer.bias, graph.shapes[0], folds=True)
     shape = layer.get_config()["output_shape"]
     graph.option(layer, "output_shape", output.ids, lambda kept: _last_size(shape, kept))
@@ -134,7 +134,7 @@ def convolution(layer, inputs, graph):
     (x,) = inputs
     if not _on_channel_axis(layer, x):
         return mixed(layer, inputs, graph)
-    kernel, bias, shape = _underlying(layer, "kernel"), layer.bias, graph.shapes[0]
+    kernel, bias, shape = stored_variable(layer, "kernel"), layer.bias, graph.shapes[0]
     if layer.groups == 1:
         exact = layer.padding == "valid" or all(size == 1 for size in layer.kernel_size)
         output = _contract(layer, graph, x, kernel, -2, -1, bias, shape, folds=exact)
@@ -153,7 +153,7 @@ def transposed_convolution(layer, inputs, graph):
     if not _on_channel_axis(layer, x):
         return mixed(layer, inputs, graph)
     exact = all(size == 1 for size in (*layer.kernel_size, *layer.strides))
-    kernel = _underlying(layer, "kernel")
+    kernel = stored_variable(layer, "kernel")
     output = _contract(layer, graph, x, kernel, -1, -2, layer.bias, graph.shapes[0], folds=exact)
     graph.option(layer, "filters", output.ids)
     return _activated(layer, _moved(output, graph.shapes[0], x.axis), graph)
@@ -182,7 +182,7 @@ def separable_convolution(layer, inputs, graph):
 
 @_rule_for("Embedding")
 def embedding(layer, inputs, graph):
-    table = _underlying(layer, "embeddings")
+    table = stored_variable(layer, "embeddings")
     output = graph.produce(table, -1, graph.shapes[0])
     graph.option(layer, "output_dim", output.ids)
     masked = graph.is_masked(output.ids)

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_squeeze.deployment.editing import edit
 from keras_squeeze.introspection.functional import functional_of, nodes_of
-from keras_squeeze.introspection.selection import read, require_tensorflow
+from keras_squeeze.introspection.variables import read, require_tensorflow
 from keras_squeeze.quantization.fake_quantize import converting
 from keras_squeeze.quantization.placement import only_reader
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware

@@ -12,7 +12,8 @@ from keras_squeeze.deployment.checking import agreement, disagree, largest_diffe
 from keras_squeeze.deployment.converting import convert_traced, trace, without_zero_gammas, zero_gammas
 from keras_squeeze.deployment.editing import fit_four_bits
 from keras_squeeze.deployment.inspecting import compare_integers, float_ops, predict_file
-from keras_squeeze.introspection.selection import find_layers, read, require_tensorflow
+from keras_squeeze.introspection.selection import find_layers
+from keras_squeeze.introspection.variables import read, require_tensorflow
 from keras_squeeze.quantization.conversion import calibrate, finalize, quantize_aware
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware

@@ -17,7 +17,7 @@ from keras.src.backend.common.variables import initialize_all_variables
 
 from keras_squeeze.atomic_write import write_file
 from keras_squeeze.deployment.archives import Archive, asset_name, first_line, size_of
-from keras_squeeze.introspection.selection import read, require_tensorflow
+from keras_squeeze.introspection.variables import read, require_tensorflow
 from keras_squeeze.quantization.conversion import finalize
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
 

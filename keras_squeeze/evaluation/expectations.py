@@ -7,7 +7,8 @@ from keras import layers
 from keras_squeeze.analysis.encodings import encode
 from keras_squeeze.analysis.report import grids_of
 from keras_squeeze.introspection.functional import functional_of
-from keras_squeeze.introspection.selection import CompressibleLayer, CompressibleWeight, Selection, read
+from keras_squeeze.introspection.selection import CompressibleLayer, CompressibleWeight, Selection
+from keras_squeeze.introspection.variables import read
 from keras_squeeze.neuron_pruning.neuron_allocation import Allocation, Limits
 from keras_squeeze.neuron_pruning.neurons import Neurons, Savings
 from keras_squeeze.quantization.placement import LOW_BITS, find_ends

@@ -19,13 +19,12 @@ from keras_squeeze.introspection.functional import functional_of
 from keras_squeeze.introspection.selection import (
     CompressibleLayer,
     CompressibleWeight,
-    Layers,
-    changed,
+    LayerSelector,
     check_finite,
     compile_patterns,
-    read,
     select_layers,
 )
+from keras_squeeze.introspection.variables import changed, read
 from keras_squeeze.neuron_pruning import neuron_criteria
 from keras_squeeze.neuron_pruning.neuron_allocation import Limits
 from keras_squeeze.neuron_pruning.neuron_selection import NeuronSelector, Target
@@ -54,7 +53,7 @@ def sensitivity(
     sparsities: Sequence[float] = (0.5, 0.7, 0.8, 0.9, 0.95),
     bits: Sequence[int] = (8, 4, 3, 2, 1),
     neurons: Sequence[float] = (0.25, 0.5, 0.75),
-    layers: Layers = None,
+    layers: LayerSelector = None,
     groups: Mapping[str, str] | Sequence[str] | None = None,
     max_examples: int = 1000,
 ) -> Sensitivity:

@@ -9,7 +9,8 @@ import numpy as np
 from keras_squeeze import checks
 from keras_squeeze.analysis.report import CompressionReport
 from keras_squeeze.introspection.functional import functional_of
-from keras_squeeze.introspection.selection import CompressibleWeight, Selection, read
+from keras_squeeze.introspection.selection import CompressibleWeight, Selection
+from keras_squeeze.introspection.variables import read
 from keras_squeeze.neuron_pruning.neurons import Neurons, Savings
 from keras_squeeze.neuron_pruning.shrinking import kept_ids
 from keras_squeeze.quantization import quantizers

@@ -1,24 +1,17 @@
-"""Which weights of which layers can be compressed: the one layer table.
+"""Finds the compressible weights of a model, and those of them that a user's selection names."""
 
-The table has a row for each kind of layer: the attributes that hold its compressible weights, and the formula
-that counts its multiply-accumulates. A layer is looked up by its class, then by the classes it derives from, so
-a subclass of `Dense` is treated as a `Dense` until `register_layer` gives it a row of its own.
-"""
-
-import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
-from keras.src.backend import Variable  # the exported `keras.Variable` was a subclass of it until Keras 3.8
-from keras.src.layers.rnn.conv_lstm import ConvLSTMCell  # Keras exports the layers but not their cell
 
-from keras_squeeze.introspection import mac_formulas as mac_formulas
+from keras_squeeze.introspection.layer_table import LayerSpec, spec_of, stored_variable
+from keras_squeeze.introspection.variables import Variable, read, require_tensorflow
 
-Layers = Any
+LayerSelector: TypeAlias = str | type | keras.Layer | Sequence | set | Callable[[keras.Layer], Any] | None
 """A selection: None, regular expression(s), layer class(es), layer(s), or a predicate `layer -> bool`."""
 
 
@@ -81,146 +74,6 @@ class Selection:
         return [weight for layer in self.layers for weight in layer.weights]
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of the table: `weights` maps attribute names to input axes (an int, or a function of the layer).
-
-    `channels` does the same for the axes of the outputs, where they are not the last axis.
-    """
-
-    weights: Mapping[str, int | Callable[[Any], int]]
-    macs: mac_formulas.MacFormula | None = None
-    channels: Mapping[str, tuple[int, ...] | Callable[[Any], tuple[int, ...]]] = field(default_factory=dict)
-    depthwise: tuple[str, ...] = ()  # weights that filter every channel by itself
-    whole: bool = False  # the weights are those of the layer's parts, which have rows themselves
-    registered: bool = False  # by a user, so that a weight which is not there is a mistake
-    refuses: Callable[[Any], str | None] | None = None  # of a wrapper: why weights inside of it cannot be pruned
-    hidden: bool = False  # its weights are bookkeeping that does not ship
-
-
-def _contracted_axis(layer) -> int:
-    """The last kernel axis that an `EinsumDense` equation sums over."""
-    kernel, output = _einsum_letters(layer)
-    return max((axis for axis, letter in enumerate(kernel) if letter not in output), default=0)
-
-
-def _einsum_channels(layer) -> tuple[int, ...]:
-    """The kernel axes that an `EinsumDense` equation keeps."""
-    kernel, output = _einsum_letters(layer)
-    return tuple(axis - len(kernel) for axis, letter in enumerate(kernel) if letter in output)
-
-
-def _einsum_letters(layer) -> tuple[str, str]:
-    operands, output = layer.equation.replace(" ", "").split("->")
-    return operands.split(",")[1], output
-
-
-def _built_in_table() -> dict[type, _Row]:
-    layers = keras.layers
-    table: dict[type, _Row] = {
-        layers.Dense: _Row({"kernel": -2}, mac_formulas.dense),
-        layers.EinsumDense: _Row({"kernel": _contracted_axis}, mac_formulas.einsum, {"kernel": _einsum_channels}),
-        layers.Embedding: _Row(
-            {"embeddings": -2, "reverse_embeddings": -2},
-            mac_formulas.embedding,
-            {"embeddings": (), "reverse_embeddings": ()},
-        ),
-        layers.MultiHeadAttention: _Row({}, mac_formulas.multi_head_attention, whole=True),
-        layers.GroupQueryAttention: _Row({}, mac_formulas.grouped_query_attention, whole=True),
-        layers.RNN: _Row({}, mac_formulas.recurrent, whole=True),
-    }
-    for cell in (layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell, ConvLSTMCell):
-        table[cell] = _Row({"kernel": -2, "recurrent_kernel": -2}, mac_formulas.recurrent_cell)
-    for convolution in (layers.Conv1D, layers.Conv2D, layers.Conv3D):
-        table[convolution] = _Row({"kernel": -2}, mac_formulas.convolution)
-    for transposed in (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose):
-        table[transposed] = _Row({"kernel": -1}, mac_formulas.transposed_convolution, {"kernel": (-2,)})
-    for depthwise in (layers.DepthwiseConv1D, layers.DepthwiseConv2D):
-        table[depthwise] = _Row({"kernel": -2}, mac_formulas.depthwise_convolution, {"kernel": (-2, -1)}, ("kernel",))
-    for separable in (layers.SeparableConv1D, layers.SeparableConv2D):
-        kernels = {"depthwise_kernel": -2, "pointwise_kernel": -2}
-        channels = {"depthwise_kernel": (-2, -1)}
-        table[separable] = _Row(kernels, mac_formulas.separable_convolution, channels, ("depthwise_kernel",))
-    for recurrent in (layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D):
-        table[recurrent] = _Row({}, mac_formulas.recurrent_convolution, whole=True)
-    for name in (
-        "BatchNormalization",
-        "LayerNormalization",
-        "GroupNormalization",
-        "RMSNormalization",
-        "UnitNormalization",
-        "SpectralNormalization",
-        "Normalization",
-        "PReLU",
-    ):
-        if hasattr(layers, name):
-            table[getattr(layers, name)] = _Row({})
-    return table
-
-
-_TABLE = _built_in_table()
-
-
-def register_layer(
-    layer_class: type,
-    weights: Sequence[str] | Mapping[str, int],
-    *,
-    macs: mac_formulas.MacFormula | None = None,
-) -> None:
-    """Teaches this package which weights of a custom layer can be compressed.
-
-    Args:
-        layer_class: The layer's class; a row for it replaces one inherited from a base class.
-        weights: Names of the attributes that hold the weights, or a mapping from names to the axis that is
-            summed over when the layer is applied (only n:m patterns use it; default -2). Empty: leave this
-            layer alone, without a warning.
-        macs: Optional function `(layer, input_shapes, output_shapes) -> {weight name: MACs}` for shapes with
-            a batch of one. Without it, reports count no MACs for this layer.
-
-    Raises:
-        TypeError: `layer_class` is not a subclass of `keras.Layer`, or a weight's name is not a string.
-
-    Example:
-
-    ```python
-    ks.register_layer(Adapter, ["down", "up"])
-    ```
-    """
-    if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)):
-        raise TypeError(f"`layer_class` must be a subclass of `keras.Layer`. Received: {layer_class!r}")
-    names = [weights] if isinstance(weights, str) else list(weights)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"`weights` must be names of attributes of the layer. Received: {weights!r}")
-    axes = weights if isinstance(weights, Mapping) else dict.fromkeys(names, -2)
-    _TABLE[layer_class] = _Row(dict(axes), macs, registered=True)
-
-
-def register_wrapper(layer_class: type, refuses: Callable[[Any], str | None]) -> None:
-    """Adds a layer that holds others to the table.
-
-    Args:
-        layer_class: The wrapper's class.
-        refuses: Function from a wrapper to the reason why weights inside of it cannot be pruned; None where they can.
-    """
-    _TABLE[layer_class] = _Row({}, refuses=refuses)
-
-
-def register_bookkeeping(layer_class: type) -> None:
-    """Leaves a layer out of selections and reports: what it keeps is for the training only."""
-    _TABLE[layer_class] = _Row({}, hidden=True)
-
-
-def in_table(layer: keras.Layer) -> bool:
-    """Whether a layer, or a class that it derives from, is in the layer table."""
-    return _row(layer) is not None
-
-
-def mac_formula(layer: keras.Layer) -> mac_formulas.MacFormula | None:
-    """The formula that counts a layer's multiply-accumulates, None where the table has none."""
-    row = _row(layer)
-    return row.macs if row else None
-
-
 def find_layers(model: keras.Model) -> Selection:
     """Lists every compressible layer of a built model; a shared layer or weight is listed once.
 
@@ -240,7 +93,7 @@ def find_layers(model: keras.Model) -> Selection:
             "`model.build(input_shape)`, or begin a Sequential model with `keras.Input(shape)`."
         )
     finder = _Finder()
-    finder.add(model, _row(model), model.name, ())
+    finder.add(model, spec_of(model), model.name, ())
     finder.visit(model, "", ())
     return finder.selection()
 
@@ -262,7 +115,7 @@ def layers_with_paths(model: keras.Model) -> Iterator[tuple[str, keras.Layer]]:
 def layer_weights(layer: keras.Layer) -> tuple[list[CompressibleWeight], list[tuple[str, str]]]:
     """The compressible weights of one built layer and of the layers in it, and `(path, reason)` of those skipped."""
     finder = _Finder()
-    row = _row(layer)
+    row = spec_of(layer)
     finder.add(layer, row, layer.name, ())
     if row is None or not row.whole:
         finder.visit(layer, f"{layer.name}/", ())
@@ -271,7 +124,7 @@ def layer_weights(layer: keras.Layer) -> tuple[list[CompressibleWeight], list[tu
     return weights, list(found.skipped)
 
 
-def select_layers(model: keras.Model, layers: Layers = None, *, trainable_only: bool = False) -> Selection:
+def select_layers(model: keras.Model, layers: LayerSelector = None, *, trainable_only: bool = False) -> Selection:
     """The compressible layers of a model that a selection names.
 
     Args:
@@ -327,41 +180,6 @@ def check_finite(weights: Iterable[CompressibleWeight]) -> None:
         )
 
 
-def read(variable: keras.Variable) -> np.ndarray:
-    """A variable's value as a read-only array that shares its memory; do not keep it while the model trains."""
-    import tensorflow as tf
-
-    return np.asarray(tf.convert_to_tensor(variable.value))
-
-
-@contextlib.contextmanager
-def changed(changes: Iterable[tuple[keras.Variable, np.ndarray]]) -> Iterator[None]:
-    """Gives variables other values, for a while."""
-    changes = list(changes)
-    before = [(variable, np.array(read(variable))) for variable, _ in changes]
-    try:
-        for variable, value in changes:
-            variable.assign(value)
-        yield
-    finally:
-        for variable, value in before:
-            variable.assign(value)
-
-
-def require_tensorflow() -> None:
-    """Raises a `ValueError` unless Keras runs on TensorFlow, the backend that this package is tested on."""
-    if keras.backend.backend() != "tensorflow":
-        raise ValueError(
-            "keras_squeeze runs on Keras's TensorFlow backend. Received: KERAS_BACKEND="
-            f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow before Keras "
-            "is imported."
-        )
-
-
-def _row(layer: keras.Layer) -> _Row | None:
-    return next((_TABLE[base] for base in type(layer).__mro__ if base in _TABLE), None)
-
-
 class _Finder:
     """Walks a model depth first; a layer or weight that is met again is not listed again."""
 
@@ -377,7 +195,7 @@ class _Finder:
 
     def visit(self, parent, prefix: str, parents: tuple) -> None:
         for layer in parent._layers:
-            row = _row(layer)
+            row = spec_of(layer)
             if id(layer) not in self._seen_layers:
                 self._seen_layers.add(id(layer))
                 self.add(layer, row, f"{prefix}{layer.name}", parents)
@@ -387,7 +205,7 @@ class _Finder:
             if row is None or not row.whole:
                 self.visit(layer, f"{prefix}{layer.name}/", (*parents, layer))
 
-    def add(self, layer, row: _Row | None, path: str, parents: tuple) -> None:
+    def add(self, layer, row: LayerSpec | None, path: str, parents: tuple) -> None:
         weights = list(self._weights(layer, row, path, ""))
         refusal = next(filter(None, map(_refusal, parents)), None)
         if weights and refusal:
@@ -397,7 +215,7 @@ class _Finder:
         elif row and not row.whole and not row.weights and not row.hidden and layer._trainable_variables:
             self.skipped.append((path, f"{type(layer).__name__} has no weights worth compressing"))
 
-    def _weights(self, layer, row: _Row | None, path: str, prefix: str) -> Iterator[CompressibleWeight]:
+    def _weights(self, layer, row: LayerSpec | None, path: str, prefix: str) -> Iterator[CompressibleWeight]:
         """The weights that a row names; those that cannot be taken go to `skipped`."""
         if row is None:
             if layer._trainable_variables:
@@ -405,13 +223,13 @@ class _Finder:
                 self.skipped.append((path, _unknown_reason(layer)))
         elif row.whole:
             for part in layer._layers:
-                part_row = _row(part) or (_Row({}, whole=True) if part._layers else None)
+                part_row = spec_of(part) or (LayerSpec({}, whole=True) if part._layers else None)
                 yield from self._weights(part, part_row, path, f"{prefix}{part.name}/")
         elif row.weights and not layer.built:
             self.skipped.append((path, "not built: no call of the model has reached it"))
         else:
             for name, axis in row.weights.items():
-                variable = _underlying(layer, name)
+                variable = stored_variable(layer, name)
                 if variable is None and row.registered:
                     self.skipped.append((f"{path}/{prefix}{name}", f"{type(layer).__name__} has no such weight"))
                 if variable is None or id(variable) in self._seen_weights:
@@ -433,16 +251,8 @@ class _Finder:
 
 
 def _refusal(parent) -> str | None:
-    row = _row(parent)
+    row = spec_of(parent)
     return row.refuses(parent) if row is not None and row.refuses is not None else None
-
-
-def _underlying(layer, name: str):
-    """The stored variable: `kernel` itself is a property that computes with LoRA or Keras's quantization."""
-    stored = layer.__dict__.get(f"_{name}", None)
-    if stored is None and isinstance(getattr(type(layer), name, None), property):
-        return None
-    return stored if stored is not None else getattr(layer, name, None)
 
 
 def _unusable(layer, variable) -> str | None:
@@ -462,11 +272,11 @@ def _unknown_reason(layer) -> str:
     )
 
 
-def _matcher(model, layers: Layers) -> Callable[[CompressibleLayer], bool]:
+def _matcher(model, layers: LayerSelector) -> Callable[[CompressibleLayer], bool]:
     """Turns a selection into a test of one compressible layer."""
     if layers is None:
         return lambda entry: True
-    items = list(layers) if isinstance(layers, (list, tuple, set)) else [layers]
+    items: list[Any] = list(layers) if isinstance(layers, (list, tuple, set)) else [layers]
     if items and all(isinstance(item, str) for item in items):
         patterns = compile_patterns(items)
         return lambda entry: any(pattern.search(entry.path) for pattern in patterns)

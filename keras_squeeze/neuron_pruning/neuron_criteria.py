@@ -15,7 +15,7 @@ from keras_squeeze import checks
 from keras_squeeze.channel_graph.activation_recorder import observe
 from keras_squeeze.channel_graph.graph import Slices
 from keras_squeeze.data import batches
-from keras_squeeze.introspection.selection import read
+from keras_squeeze.introspection.variables import read
 from keras_squeeze.neuron_pruning.neurons import Neurons
 from keras_squeeze.training.gradients import GroupProducts
 from keras_squeeze.weight_pruning.criteria import batch_gradients

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 import keras
 
-from keras_squeeze.introspection.selection import Layers
+from keras_squeeze.introspection.selection import LayerSelector
 from keras_squeeze.neuron_pruning.neurons import Neurons
 
 
@@ -71,7 +71,9 @@ class NeuronOverview:
             yield f"  {path}: not known: {reason}"
 
 
-def prunable_neurons(model: keras.Model, layers: Layers = None, *, allow_inexact: bool = False) -> NeuronOverview:
+def prunable_neurons(
+    model: keras.Model, layers: LayerSelector = None, *, allow_inexact: bool = False
+) -> NeuronOverview:
     """Says for each layer how many neurons `prune_neurons` and `shrink` can remove, and which layer keeps the rest.
 
     Where all of them are free, one stays nevertheless.

@@ -10,7 +10,7 @@ from keras_squeeze import checks, schedules
 from keras_squeeze.analysis.report import CompressionReport, summarize
 from keras_squeeze.data import batches, check_reusable, inputs_only
 from keras_squeeze.introspection.functional import require_graph
-from keras_squeeze.introspection.selection import Layers, check_finite, select_layers
+from keras_squeeze.introspection.selection import LayerSelector, check_finite, select_layers
 from keras_squeeze.neuron_pruning import neuron_criteria
 from keras_squeeze.neuron_pruning.neuron_allocation import Limits
 from keras_squeeze.neuron_pruning.neuron_selection import NeuronSelector, Target
@@ -71,7 +71,7 @@ class NeuronPruning(CompressionCallback):
         *,
         target_macs: float | None = None,
         target_params: float | None = None,
-        layers: Layers = None,
+        layers: LayerSelector = None,
         allocation: str = "auto",
         criterion="auto",
         data=None,
@@ -259,7 +259,7 @@ def prune_neurons(
     *,
     target_macs: float | None = None,
     target_params: float | None = None,
-    layers: Layers = None,
+    layers: LayerSelector = None,
     allocation: str = "auto",
     criterion="auto",
     data=None,

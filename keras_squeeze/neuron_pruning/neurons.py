@@ -10,7 +10,8 @@ from keras_squeeze.analysis.mac_counting import count_macs
 from keras_squeeze.channel_graph.graph import Slices
 from keras_squeeze.channel_graph.propagation import trace
 from keras_squeeze.introspection.mac_formulas import WEIGHTLESS
-from keras_squeeze.introspection.selection import Layers, find_layers, read, select_layers
+from keras_squeeze.introspection.selection import LayerSelector, find_layers, select_layers
+from keras_squeeze.introspection.variables import read
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class Neurons:
         frozen: `(layer path, reason)` of those that cannot.
     """
 
-    def __init__(self, model: keras.Model, layers: Layers = None, *, inexact=False, trainable_only=False):
+    def __init__(self, model: keras.Model, layers: LayerSelector = None, *, inexact=False, trainable_only=False):
         self.model = model
         self.graph = trace(model, inexact=inexact)
         self.classes = self.graph.classes()

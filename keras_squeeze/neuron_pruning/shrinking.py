@@ -10,7 +10,7 @@ from keras_squeeze.channel_graph.graph import ChannelGraph
 from keras_squeeze.channel_graph.propagation import trace
 from keras_squeeze.data import check_reusable
 from keras_squeeze.introspection.functional import Rebuilder, compile_like
-from keras_squeeze.introspection.selection import Variable, read
+from keras_squeeze.introspection.variables import Variable, read
 from keras_squeeze.reconstruction import compensation
 
 

@@ -18,14 +18,13 @@ from keras_squeeze.introspection.functional import (
 )
 from keras_squeeze.introspection.selection import (
     CompressibleLayer,
-    Layers,
+    LayerSelector,
     check_finite,
     compile_patterns,
     find_layers,
-    read,
-    require_tensorflow,
     select_layers,
 )
+from keras_squeeze.introspection.variables import read, require_tensorflow
 from keras_squeeze.quantization import placement as placing
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
@@ -37,7 +36,9 @@ _EDGE_BITS = 8
 _PRUNED = 0.001  # a larger part of zeros is no accident
 
 
-def quantize_aware(model: keras.Model, weights="int8", activations="default", *, layers: Layers = None) -> keras.Model:
+def quantize_aware(
+    model: keras.Model, weights="int8", activations="default", *, layers: LayerSelector = None
+) -> keras.Model:
     """Copies a model for quantization-aware training: the same weights, seen through a grid.
 
     Layers with weights are wrapped in `QuantizeAware`. Quantizers of activations stand where integer kernels round:

@@ -8,7 +8,7 @@ from keras import ops
 from keras.src.backend import compute_output_spec, in_stateless_scope
 
 from keras_squeeze.analysis.report import register_activation_bits
-from keras_squeeze.introspection.selection import register_bookkeeping
+from keras_squeeze.introspection.layer_table import register_bookkeeping
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.quantizers import Binary, Quantizer, UniformQuantizer
 

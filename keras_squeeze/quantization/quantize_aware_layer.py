@@ -11,7 +11,9 @@ from keras.src.backend import AutocastScope, Variable, compute_output_spec, in_s
 from keras.src.layers.convolutional.base_conv import BaseConv
 
 from keras_squeeze.analysis.report import Grid, register_grids
-from keras_squeeze.introspection.selection import CompressibleWeight, layer_weights, read, register_wrapper
+from keras_squeeze.introspection.layer_table import register_wrapper
+from keras_squeeze.introspection.selection import CompressibleWeight, layer_weights
+from keras_squeeze.introspection.variables import read
 from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.convertible import convertible_matmul, convertible_weight
 from keras_squeeze.quantization.fake_quantize import FakeQuantize, is_converting

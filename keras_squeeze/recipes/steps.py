@@ -17,7 +17,8 @@ import numpy as np
 from keras_squeeze import checks, schedules
 from keras_squeeze.deployment.litert import export
 from keras_squeeze.deployment.packing import save_packed
-from keras_squeeze.introspection.selection import compile_patterns, find_layers, read
+from keras_squeeze.introspection.selection import compile_patterns, find_layers
+from keras_squeeze.introspection.variables import read
 from keras_squeeze.neuron_pruning import neuron_criteria
 from keras_squeeze.neuron_pruning.neuron_pruning import NeuronPruning, prune_neurons
 from keras_squeeze.neuron_pruning.shrinking import shrink

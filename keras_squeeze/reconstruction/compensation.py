@@ -18,7 +18,7 @@ import numpy as np
 from keras_squeeze.channel_graph.activation_recorder import observe
 from keras_squeeze.channel_graph.graph import ChannelGraph
 from keras_squeeze.data import batches, inputs_only
-from keras_squeeze.introspection.selection import changed, read
+from keras_squeeze.introspection.variables import changed, read
 
 Shift = tuple[Any, np.ndarray]
 """A bias, and what is added to it."""

@@ -7,13 +7,9 @@ import numpy as np
 from keras.src.backend import in_stateless_scope
 
 from keras_squeeze import checks
-from keras_squeeze.introspection.selection import (
-    CompressibleWeight,
-    in_table,
-    layer_weights,
-    read,
-    register_bookkeeping,
-)
+from keras_squeeze.introspection.layer_table import in_table, register_bookkeeping
+from keras_squeeze.introspection.selection import CompressibleWeight, layer_weights
+from keras_squeeze.introspection.variables import read
 from keras_squeeze.tfmot_compat import pruning_schedules
 from keras_squeeze.tfmot_compat.layer_pruning import LayerPruning
 from keras_squeeze.tfmot_compat.pruning_schedules import DEFAULT

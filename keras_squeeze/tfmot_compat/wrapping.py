@@ -7,7 +7,7 @@ import keras
 from keras.src.backend import compute_output_spec
 
 from keras_squeeze.introspection.functional import Rebuilder, copy_layer, functional_of
-from keras_squeeze.introspection.selection import read
+from keras_squeeze.introspection.variables import read
 
 
 class TransparentWrapper(keras.layers.Wrapper):

@@ -3,7 +3,8 @@
 import keras
 
 from keras_squeeze.introspection.functional import Rebuilder, copy_layer
-from keras_squeeze.introspection.selection import read, register_bookkeeping
+from keras_squeeze.introspection.layer_table import register_bookkeeping
+from keras_squeeze.introspection.variables import read
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
 from keras_squeeze.training.mask_constraint import MaskConstraint
 

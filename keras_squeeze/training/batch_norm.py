@@ -13,7 +13,8 @@ from keras import ops
 
 from keras_squeeze import checks
 from keras_squeeze.data import batches, inputs_only
-from keras_squeeze.introspection.selection import layers_with_paths, read
+from keras_squeeze.introspection.selection import layers_with_paths
+from keras_squeeze.introspection.variables import read
 
 WINDOW = 10
 """Training steps that the moving statistics average over while masks or bits change: a momentum of 0.9."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import keras
 
-from keras_squeeze.introspection.selection import require_tensorflow
+from keras_squeeze.introspection.variables import require_tensorflow
 from keras_squeeze.training.batch_norm import STEPS_NEEDED, Change, MovingStatistics, warn_of_ignored
 
 _ORIGIN_FILE = "keras_squeeze_origin.txt"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import keras
 import numpy as np
 
-from keras_squeeze.introspection.selection import read
+from keras_squeeze.introspection.variables import read
 
 
 class MaskConstraint(keras.constraints.Constraint):

@@ -14,7 +14,7 @@ import numpy as np
 
 from keras_squeeze import checks
 from keras_squeeze.data import batches
-from keras_squeeze.introspection.selection import read
+from keras_squeeze.introspection.variables import read
 
 
 class Criterion:

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from keras_squeeze.introspection.selection import Layers, check_finite, read, select_layers
+from keras_squeeze.introspection.selection import LayerSelector, check_finite, select_layers
+from keras_squeeze.introspection.variables import read
 from keras_squeeze.training.fit_run import CompressionCallback
 from keras_squeeze.training.mask_constraint import MaskConstraint, attach_masks, detach_masks
 
@@ -26,7 +27,7 @@ class KeepSparsity(CompressionCallback):
     ```
     """
 
-    def __init__(self, layers: Layers = None):
+    def __init__(self, layers: LayerSelector = None):
         super().__init__()
         self.layers = layers
         self._constraints: list[MaskConstraint] = []

@@ -9,7 +9,8 @@ import numpy as np
 
 from keras_squeeze import checks, schedules
 from keras_squeeze.analysis.report import CompressionReport, summarize
-from keras_squeeze.introspection.selection import CompressibleWeight, Layers, Selection, read, select_layers
+from keras_squeeze.introspection.selection import CompressibleWeight, LayerSelector, Selection, select_layers
+from keras_squeeze.introspection.variables import read
 from keras_squeeze.training.batch_norm import Change
 from keras_squeeze.training.fit_run import CompressionCallback, sum_fractions
 from keras_squeeze.training.gradients import GradientWindow, MeanGradients
@@ -70,7 +71,7 @@ class MagnitudePruning(CompressionCallback):
         self,
         schedule,
         *,
-        layers: Layers = None,
+        layers: LayerSelector = None,
         allocation: str = "auto",
         pattern="unstructured",
         criterion="magnitude",
@@ -251,7 +252,7 @@ def prune_weights(
     model: keras.Model,
     sparsity,
     *,
-    layers: Layers = None,
+    layers: LayerSelector = None,
     allocation: str = "auto",
     pattern="unstructured",
     criterion="magnitude",
@@ -308,7 +309,7 @@ def prune_weights(
 
 
 def select_weights(
-    model: keras.Model, layers: Layers, parts: dict, method: PruningMethod, trainable_only: bool
+    model: keras.Model, layers: LayerSelector, parts: dict, method: PruningMethod, trainable_only: bool
 ) -> tuple[Selection, list[CompressibleWeight]]:
     """The weights to prune, and those that `allocation="auto"` leaves dense: depthwise kernels that nobody named.
 

@@ -15,8 +15,8 @@ from keras_squeeze.introspection.selection import (
     Selection,
     check_finite,
     compile_patterns,
-    read,
 )
+from keras_squeeze.introspection.variables import read
 from keras_squeeze.training.gradients import BATCHES, GradientWindow, MeanGradients
 from keras_squeeze.training.mask_constraint import MaskConstraint
 from keras_squeeze.training.update_cost import FEWEST, OBSERVED, WEIGHTS, affordable_updates
