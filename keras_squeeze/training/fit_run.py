@@ -1,6 +1,5 @@
 """What every compression callback shares: the run of `fit`, its clock, its logs, and the callbacks beside it."""
 
-import inspect
 import pathlib
 import warnings
 import weakref
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 
 import keras
 
+from keras_squeeze.introspection.running_fit import callback_lists
 from keras_squeeze.introspection.variables import require_tensorflow
 from keras_squeeze.training.batch_norm import STEPS_NEEDED, Change, MovingStatistics, warn_of_ignored
 
@@ -157,7 +157,9 @@ class FitRun:
         self.callbacks: list[CompressionCallback] = []
         self._model = callback.model
         self._params = callback.params
-        self._beside = _callbacks_beside(callback)
+        self._beside: list[keras.callbacks.Callback] = next(
+            (found.callbacks for found in callback_lists() if callback in found.callbacks), []
+        )
         self._started = False
         self._origin = 0  # the optimizer's count when this run, or the one that it resumes, began
         self._step = 0  # known for sure
@@ -317,16 +319,10 @@ class FitRun:
     def _is_current(self) -> bool:
         """Whether the `fit` that is running is the one of these callbacks.
 
-        One that was interrupted leaves its training step with the model, for the next to find. Looked up where Keras
-        keeps its callbacks; asked once an epoch.
+        One that was interrupted leaves its training step with the model, for the next to find. Asked once an epoch.
         """
-        frame = inspect.currentframe()
-        while frame:
-            for value in (frame.f_locals.get("callbacks"), frame.f_locals.get("self")):
-                if isinstance(value, keras.callbacks.CallbackList):
-                    return any(callback in value.callbacks for callback in self.callbacks)
-            frame = frame.f_back
-        return False
+        running = next(callback_lists(), None)
+        return running is not None and any(callback in running.callbacks for callback in self.callbacks)
 
     def _abandon(self) -> None:
         """Lets go of the model where `fit` will not do it."""
@@ -408,14 +404,3 @@ class FitRun:
 def sum_fractions(parts: Mapping[Hashable, tuple[int, int]]) -> float:
     """The sum of the parts over the sum of the wholes."""
     return sum(part for part, _ in parts.values()) / max(sum(whole for _, whole in parts.values()), 1)
-
-
-def _callbacks_beside(callback: keras.callbacks.Callback) -> list[keras.callbacks.Callback]:
-    """The callbacks of the same `fit`. Keras shows a callback no other, so this looks at who is calling it."""
-    frame = inspect.currentframe()
-    while frame:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks:
-            return list(caller.callbacks)
-        frame = frame.f_back
-    return []
