@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from keras_squeeze import schedules
+from keras_squeeze import quantizers, schedules
 from keras_squeeze.analysis.report import CompressionReport, summarize
 from keras_squeeze.channel_graph.rules import register_channel_rule
 from keras_squeeze.deployment.litert import ExportResult, export
@@ -17,7 +17,6 @@ from keras_squeeze.introspection.layer_table import register_layer
 from keras_squeeze.neuron_pruning.neuron_overview import NeuronOverview, prunable_neurons
 from keras_squeeze.neuron_pruning.neuron_pruning import NeuronPruning, prune_neurons
 from keras_squeeze.neuron_pruning.shrinking import shrink
-from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.conversion import finalize, quantize_aware
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.quantization_schedule import QuantizationSchedule

@@ -85,6 +85,17 @@ def one_of(name: str, value, choices: Collection) -> Any:
     return value
 
 
+def boolean(name: str, value, *, optional: bool = False) -> bool | None:
+    """Returns a bool; with `optional`, None is allowed, too.
+
+    Raises:
+        TypeError: Anything else.
+    """
+    if isinstance(value, bool) or (optional and value is None):
+        return value
+    raise TypeError(f"`{name}` must be a bool{' or None' if optional else ''}. Received: {name}={value!r}")
+
+
 def is_int(value) -> bool:
     """Returns whether a value is an integer, NumPy's included; a bool is not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

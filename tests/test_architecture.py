@@ -19,6 +19,7 @@ ORDER = [
     "atomic_write",
     "progress",
     "introspection",
+    "quantizers",
     "training",
     "channel_graph",
     "analysis",

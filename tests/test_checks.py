@@ -71,3 +71,13 @@ def test_one_of(choices):
     for value in ("c", None, ["a"]):
         with pytest.raises(ValueError, match=r"`kind` must be one of 'a', 'b'. Received: kind="):
             checks.one_of("kind", value, choices)
+
+
+def test_boolean():
+    assert checks.boolean("sparse", True) is True
+    assert checks.boolean("sparse", None, optional=True) is None
+    for value in (1, "yes", None, np.bool_(True)):
+        with pytest.raises(TypeError, match=r"`sparse` must be a bool. Received: sparse="):
+            checks.boolean("sparse", value)
+    with pytest.raises(TypeError, match=r"`sparse` must be a bool or None. Received: sparse=0"):
+        checks.boolean("sparse", 0, optional=True)

@@ -14,7 +14,7 @@ from resumable_quantization import BATCHES_PER_EPOCH, BITS, DELAY, EPOCHS, RAMP
 
 import keras_squeeze as ks
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
-from keras_squeeze.quantization.quantizers import Affine, LearnedStep
+from keras_squeeze.quantizers import Affine, LearnedStep
 
 BATCH, STEPS = 32, 10  # of an epoch of `some`
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -8,7 +8,7 @@ from keras import layers
 
 import keras_squeeze as ks
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
-from keras_squeeze.quantization.quantizers import Affine, Binary, FixedPoint, LearnedStep, Ternary
+from keras_squeeze.quantizers import Affine, Binary, FixedPoint, LearnedStep, Ternary
 
 LAST = {"kernel": (-1,)}
 

@@ -8,8 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_squeeze import quantizers
-from keras_squeeze.quantization import ops
-from keras_squeeze.quantization.quantizers import Affine, Binary, FixedPoint, LearnedStep, Ternary
+from keras_squeeze.quantizers import Affine, Binary, FixedPoint, LearnedStep, Ternary, ops
 
 # Each row: a quantizer of weights, as `for_weights` leaves it or with every argument given.
 AFFINE = [

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import keras
 import numpy as np
 
+from keras_squeeze import quantizers
 from keras_squeeze.analysis import plots
 from keras_squeeze.analysis.report import summarize
 from keras_squeeze.deployment.inspecting import predict_file
@@ -22,7 +23,6 @@ from keras_squeeze.deployment.packing import save_packed
 from keras_squeeze.evaluation.latency import measure_latency
 from keras_squeeze.neuron_pruning.neuron_pruning import NeuronPruning
 from keras_squeeze.neuron_pruning.shrinking import shrink
-from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.conversion import finalize, quantize_aware
 from keras_squeeze.quantization.quantization_schedule import QuantizationSchedule
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware

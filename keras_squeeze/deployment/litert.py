@@ -363,6 +363,5 @@ def _check(model, path: pathlib.Path, precision, batch_size, sparse) -> None:
     if precision is not None and precision not in PRECISIONS:
         known = ", ".join(map(repr, PRECISIONS))
         raise ValueError(f"`precision` must be None or one of {known}. Received: precision={precision!r}")
-    if sparse is not None and not isinstance(sparse, bool):
-        raise TypeError(f"`sparse` must be None or a bool. Received: sparse={sparse!r}")
+    checks.boolean("sparse", sparse, optional=True)
     checks.positive_int("batch_size", batch_size, optional=True)

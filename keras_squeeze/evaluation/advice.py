@@ -27,7 +27,7 @@ from keras_squeeze.evaluation.plans import Plan, Zeros, label, plan_of, read_rec
 from keras_squeeze.introspection.functional import functional_of
 from keras_squeeze.introspection.selection import CompressibleLayer, Selection, find_layers
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
-from keras_squeeze.quantization.quantizers import Affine, Quantizer
+from keras_squeeze.quantizers import Affine, Quantizer
 
 # What is added to a ratio that was measured on x86.
 TARGETS = {"x86": "", "arm": "; not measured on Arm", "microcontroller": "; not measured on microcontrollers"}

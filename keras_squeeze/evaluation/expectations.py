@@ -12,7 +12,7 @@ from keras_squeeze.introspection.variables import read
 from keras_squeeze.neuron_pruning.neuron_allocation import Allocation, Limits
 from keras_squeeze.neuron_pruning.neurons import Neurons, Savings
 from keras_squeeze.quantization.placement import LOW_BITS, find_ends
-from keras_squeeze.quantization.quantizers import Affine, Quantizer
+from keras_squeeze.quantizers import Affine, Quantizer
 from keras_squeeze.weight_pruning.weight_allocation import keep_count
 
 MULTIPLE = 8

@@ -31,7 +31,7 @@ from keras_squeeze.neuron_pruning.neuron_selection import NeuronSelector, Target
 from keras_squeeze.neuron_pruning.neurons import Neurons
 from keras_squeeze.progress import progress_bar
 from keras_squeeze.quantization.quantize_aware_layer import _recurrent_states
-from keras_squeeze.quantization.quantizers import Affine, Binary
+from keras_squeeze.quantizers import Affine, Binary
 from keras_squeeze.weight_pruning.criteria import preserve_metrics
 from keras_squeeze.weight_pruning.weight_groups import PruningMethod
 

@@ -6,17 +6,16 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from keras_squeeze import checks
+from keras_squeeze import checks, quantizers
 from keras_squeeze.analysis.report import CompressionReport
 from keras_squeeze.introspection.functional import functional_of
 from keras_squeeze.introspection.selection import CompressibleWeight, Selection
 from keras_squeeze.introspection.variables import read
 from keras_squeeze.neuron_pruning.neurons import Neurons, Savings
 from keras_squeeze.neuron_pruning.shrinking import kept_ids
-from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
-from keras_squeeze.quantization.quantizers import Affine, Binary, Quantizer
+from keras_squeeze.quantizers import Affine, Binary, Quantizer
 from keras_squeeze.weight_pruning.masks import check_reachable, get_pattern
 
 _KEYS = ("sparsity", "pattern", "neurons", "weights", "activations")

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_squeeze import quantizers
 from keras_squeeze.data import batches, inputs_only
 from keras_squeeze.introspection.functional import (
     Rebuilder,
@@ -26,11 +27,10 @@ from keras_squeeze.introspection.selection import (
 )
 from keras_squeeze.introspection.variables import read, require_tensorflow
 from keras_squeeze.quantization import placement as placing
-from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.placement import Placement
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware, takes_signs
-from keras_squeeze.quantization.quantizers import Affine, Binary, Quantizer, UniformQuantizer
+from keras_squeeze.quantizers import Affine, Binary, Quantizer, UniformQuantizer
 
 _EDGE_BITS = 8
 _PRUNED = 0.001  # a larger part of zeros is no accident

@@ -7,10 +7,10 @@ import keras
 from keras import ops
 from keras.src.backend import compute_output_spec, in_stateless_scope
 
+from keras_squeeze import quantizers
 from keras_squeeze.analysis.report import register_activation_bits
 from keras_squeeze.introspection.layer_table import register_bookkeeping
-from keras_squeeze.quantization import quantizers
-from keras_squeeze.quantization.quantizers import Binary, Quantizer, UniformQuantizer
+from keras_squeeze.quantizers import Binary, Quantizer, UniformQuantizer
 
 _conversion = threading.local()
 

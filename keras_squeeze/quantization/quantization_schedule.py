@@ -11,7 +11,7 @@ from keras_squeeze.introspection.selection import compile_patterns
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.placement import LOW_BITS, find_ends
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
-from keras_squeeze.quantization.quantizers import UniformQuantizer
+from keras_squeeze.quantizers import UniformQuantizer
 from keras_squeeze.schedules import UPDATES_BY_DEFAULT, check_time, to_steps
 from keras_squeeze.training.batch_norm import Change, freeze_statistics
 from keras_squeeze.training.fit_run import CompressionCallback

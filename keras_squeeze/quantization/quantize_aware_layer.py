@@ -10,15 +10,15 @@ from keras import layers, ops
 from keras.src.backend import AutocastScope, Variable, compute_output_spec, in_stateless_scope
 from keras.src.layers.convolutional.base_conv import BaseConv
 
+from keras_squeeze import quantizers
 from keras_squeeze.analysis.report import Grid, register_grids
 from keras_squeeze.introspection.layer_table import register_wrapper
 from keras_squeeze.introspection.selection import CompressibleWeight, layer_weights
 from keras_squeeze.introspection.variables import read
-from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.convertible import convertible_matmul, convertible_weight
 from keras_squeeze.quantization.fake_quantize import FakeQuantize, is_converting
-from keras_squeeze.quantization.ops import sign
-from keras_squeeze.quantization.quantizers import Binary, Quantizer
+from keras_squeeze.quantizers import Binary, Quantizer
+from keras_squeeze.quantizers.ops import sign
 
 
 @keras.saving.register_keras_serializable(package="keras_squeeze")

@@ -12,7 +12,7 @@ from keras_squeeze import checks
 from keras_squeeze.data import check_reusable
 from keras_squeeze.introspection.functional import compile_like, functional_of
 from keras_squeeze.introspection.variables import require_tensorflow
-from keras_squeeze.quantization.quantizers import Quantizer
+from keras_squeeze.quantizers import Quantizer
 from keras_squeeze.recipes.steps import KINDS, PruneNeurons, Quantize, Step, Task, TrainingStep
 from keras_squeeze.schedules import Schedule
 from keras_squeeze.training.after_target import AfterTarget

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 
-from keras_squeeze import checks, schedules
+from keras_squeeze import checks, quantizers, schedules
 from keras_squeeze.deployment.litert import export
 from keras_squeeze.deployment.packing import save_packed
 from keras_squeeze.introspection.selection import compile_patterns, find_layers
@@ -22,12 +22,11 @@ from keras_squeeze.introspection.variables import read
 from keras_squeeze.neuron_pruning import neuron_criteria
 from keras_squeeze.neuron_pruning.neuron_pruning import NeuronPruning, prune_neurons
 from keras_squeeze.neuron_pruning.shrinking import shrink
-from keras_squeeze.quantization import quantizers
 from keras_squeeze.quantization.conversion import calibrate, finalize, quantize_aware
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.quantization_schedule import QuantizationSchedule
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
-from keras_squeeze.quantization.quantizers import Quantizer
+from keras_squeeze.quantizers import Quantizer
 from keras_squeeze.recipes.distillation import distilled
 from keras_squeeze.weight_pruning.keep_sparsity import KeepSparsity
 from keras_squeeze.weight_pruning.magnitude_pruning import MagnitudePruning, prune_weights

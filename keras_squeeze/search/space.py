@@ -10,9 +10,8 @@ from typing import Any
 
 import keras
 
-from keras_squeeze import checks
+from keras_squeeze import checks, quantizers
 from keras_squeeze.introspection.selection import compile_patterns, find_layers
-from keras_squeeze.quantization import quantizers
 from keras_squeeze.recipes.recipe import Recipe, read_mapping
 from keras_squeeze.recipes.steps import FineTune, PruneNeurons, PruneWeights, Quantize, Step
 from keras_squeeze.schedules import PolynomialDecay

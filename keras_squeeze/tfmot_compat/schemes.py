@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import keras
 
-from keras_squeeze.quantization.quantizers import Affine
+from keras_squeeze.quantizers import Affine
 
 
 @dataclass(frozen=True)
