@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 import keras
+import numpy as np
 
 
 def check_reusable(data) -> None:
@@ -62,6 +63,16 @@ def inputs_only(model, data):
     inputs = getattr(model, "inputs", None)  # a subclassed model does not say
     several = isinstance(data, list) and len(data) > 1 and (inputs is None or len(data) == len(inputs))
     return (data,) if isinstance(data, dict) or several else data
+
+
+def lists_to_arrays(data):
+    """Converts lists of numbers in `(x, y)` to arrays; lists of arrays, for several inputs, stay."""
+    if not isinstance(data, (tuple, list)):
+        return data
+    return tuple(
+        np.asarray(part) if isinstance(part, list) and not any(hasattr(x, "shape") for x in part) else part
+        for part in data
+    )
 
 
 def _lists_to_tuples(part):

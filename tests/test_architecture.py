@@ -115,6 +115,13 @@ def test_strangers_do_not_import_each_other(one, other):
             assert module[0] != mine or all(name[0] != theirs for name in own_imports(module)), module
 
 
+@pytest.mark.parametrize("module", TREES, ids="/".join)
+def test_no_private_name_comes_from_another_module(module):
+    nodes = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.ImportFrom)]
+    own = [node for node in nodes if node.module.partition(".")[0] == NAME]
+    assert not [alias.name for node in own for alias in node.names if alias.name.startswith("_")]
+
+
 def test_folders_are_at_most_one_deep():
     assert max(map(len, TREES)) <= 2
 

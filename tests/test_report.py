@@ -414,7 +414,7 @@ def test_a_model_without_weights():
 
 
 def test_bytes_for_people():
-    from keras_squeeze.analysis.report import _human_bytes
+    from keras_squeeze.analysis.tables import format_bytes
 
-    shown = [_human_bytes(n) for n in (0, 999, 1000, 999_949, 999_950, 13_600_000, 2_500_000_000_000)]
+    shown = [format_bytes(n) for n in (0, 999, 1000, 999_949, 999_950, 13_600_000, 2_500_000_000_000)]
     assert shown == ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "13.6 MB", "2,500.0 GB"]

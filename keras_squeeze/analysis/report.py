@@ -1,7 +1,6 @@
 """What a model holds and what it computes: parameters, zeros, bits, bytes and multiply-accumulates by layer."""
 
 import html
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,14 +14,21 @@ from keras_squeeze.analysis.encodings import encode
 from keras_squeeze.analysis.energy import dram_pj, mac_pj
 from keras_squeeze.analysis.grids import Grid, find_grid
 from keras_squeeze.analysis.mac_counting import MacCount, count_macs
+from keras_squeeze.analysis.tables import (
+    LISTED,
+    WIDTH,
+    format_bytes,
+    format_energy,
+    group_by_reason,
+    render_text,
+    shorten,
+)
 from keras_squeeze.introspection.layer_table import mac_formula, spec_of, stored_variable
 from keras_squeeze.introspection.selection import find_layers
 from keras_squeeze.introspection.variables import Variable, read
 
 _GRIDS: dict[type, Callable[[Any], dict[int, Grid]]] = {}
 _ACTIVATION_BITS: dict[type, Callable[[Any], int | None]] = {}
-_LISTED = 5
-_WIDTH = 120
 _COLUMNS = ("layer", "kind", "parameters", "sparsity", "bits", "size", "compressed", "MACs", "effective")
 _NARROW_COLUMNS = ("layer", "parameters", "sparsity", "compressed", "MACs", "effective")
 
@@ -124,13 +130,13 @@ class CompressionReport:
         return pd.DataFrame([layer.to_dict() for layer in self.layers], columns=list(self.total.to_dict()))
 
     def __str__(self) -> str:
-        return _as_text(lambda box: self._table(_COLUMNS, box), self._remarks())
+        return render_text(lambda box: self._table(_COLUMNS, box), self._remarks())
 
     def __rich_console__(self, console, options):
         from rich.box import SIMPLE_HEAD
         from rich.text import Text
 
-        wide = options.max_width >= _WIDTH
+        wide = options.max_width >= WIDTH
         yield self._table(_COLUMNS if wide else _NARROW_COLUMNS, SIMPLE_HEAD)
         yield from (Text(line, style="dim") for line in self._remarks())
 
@@ -160,32 +166,20 @@ class CompressionReport:
     def _remarks(self) -> list[str]:
         narrower = [f"{path} {before} -> {after}" for path, (before, after) in self.widths.items() if after < before]
         pruned = [f"channels: {', '.join(narrower)}"] if narrower else []
-        worst = sorted((x.sqnr_db, x.path) for x in self.layers if x.sqnr_db is not None)[:_LISTED]
+        worst = sorted((x.sqnr_db, x.path) for x in self.layers if x.sqnr_db is not None)[:LISTED]
         noisy = [f"{path} {ratio:.1f} dB" for ratio, path in worst]
         noise = [f"signal-to-quantization-noise ratio, lowest first: {', '.join(noisy)}"] if noisy else []
         energy = []
         if self.total.energy_pj:
-            energy = [f"energy of one inference, an estimate: {_human_energy(self.total.energy_pj)}"]
+            energy = [f"energy of one inference, an estimate: {format_energy(self.total.energy_pj)}"]
         return [
             *self.notes,
             *energy,
             *noise,
             *pruned,
-            *_listing("skipped", self.skipped),
-            *_listing("frozen", self.frozen),
+            *group_by_reason("skipped", self.skipped),
+            *group_by_reason("frozen", self.frozen),
         ]
-
-
-def _as_text(table: Callable[[Any], Any], remarks: list[str]) -> str:
-    """A table, made by a function from a `rich.box.Box`, and lines below it: without colours, for any encoding."""
-    from rich.box import Box
-    from rich.console import Console
-
-    rules = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)  # as SIMPLE_HEAD
-    text = io.StringIO()
-    console = Console(file=text, width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
-    console.print(table(rules), *remarks, sep="\n", markup=False, highlight=False)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
@@ -219,7 +213,7 @@ def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
     ```
     """
     found = find_layers(model)
-    members = list(_members(model))
+    members = list(layers_with_own_weights(model))
     count = count_macs(model, [(path, layer) for path, layer, _ in members], input_shape)
     grids, activation_bits = grids_of(model), _activation_bits(model)
     kernels_found = {id(weight) for _, layer, _ in members for _, weight in _kernels(layer)}
@@ -239,7 +233,7 @@ def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
     return CompressionReport(model.name, layers, _total(layers), list(found.skipped), notes=_notes(found, count))
 
 
-def _members(model) -> Iterator[tuple[str, keras.Layer, list[Variable]]]:
+def layers_with_own_weights(model) -> Iterator[tuple[str, keras.Layer, list[Variable]]]:
     """Every layer with weights of its own, once, in the model's order: its path, itself, those weights."""
     seen = set()
 
@@ -416,23 +410,8 @@ def _notes(found, count: MacCount) -> list[str]:
         return [f"MACs not counted: {count.problem}"]
     without = [entry.path for entry in found.layers if mac_formula(entry.layer) is None]
     without += [path for path in found.unknown if path not in without]
-    notes = [f"no MAC formula: {_shortened(without)}"] if without else []
+    notes = [f"no MAC formula: {shorten(without)}"] if without else []
     return notes + [f"MACs not counted: {path}: {reason}" for path, reason in count.failed]
-
-
-def _listing(title: str, entries: list[tuple[str, str]]) -> list[str]:
-    """One line for every reason, the first few."""
-    by_reason: dict[str, list[str]] = {}
-    for path, reason in entries:
-        by_reason.setdefault(reason, []).append(path)
-    lines = [f"{title}: {_shortened(paths)}: {reason}" for reason, paths in by_reason.items()]
-    more = sum(len(paths) for paths in list(by_reason.values())[_LISTED:])
-    return lines[:_LISTED] + ([f"{title}: and {more} more"] if more else [])
-
-
-def _shortened(paths: list[str]) -> str:
-    more = len(paths) - _LISTED
-    return ", ".join(paths[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _cells(row: LayerReport) -> dict[str, str]:
@@ -443,26 +422,8 @@ def _cells(row: LayerReport) -> dict[str, str]:
         f"{row.parameters:,}",
         f"{row.sparsity:.1%}" if row.compressible else "-",
         f"{row.bits:g}",
-        _human_bytes(row.dense_bytes),
-        _human_bytes(row.compressed_bytes),
+        format_bytes(row.dense_bytes),
+        format_bytes(row.compressed_bytes),
         *("-" if macs is None else f"{macs:,}" for macs in (row.macs, row.effective_macs)),
     )
     return dict(zip(_COLUMNS, cells, strict=True))
-
-
-def _human_bytes(number: float) -> str:
-    if number < 1000:
-        return f"{number:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        number /= 1000
-        if number < 999.95 or unit == "GB":
-            break
-    return f"{number:,.1f} {unit}"
-
-
-def _human_energy(picojoules: float) -> str:
-    for unit in ("pJ", "nJ", "uJ", "mJ"):
-        if picojoules < 999.5 or unit == "mJ":
-            break
-        picojoules /= 1000
-    return f"{picojoules:,.3g} {unit}"

@@ -13,7 +13,8 @@ import keras
 from keras import layers
 
 from keras_squeeze import checks
-from keras_squeeze.analysis.report import CompressionReport, LayerReport, _human_bytes, _members, summarize
+from keras_squeeze.analysis.report import CompressionReport, LayerReport, layers_with_own_weights, summarize
+from keras_squeeze.analysis.tables import format_bytes
 from keras_squeeze.evaluation.expectations import (
     MULTIPLE,
     is_convolution,
@@ -77,7 +78,7 @@ TINY_MACS = 1_392
 
 _NOTABLE = 0.01  # of all bytes or MACs; less is not worth a sentence
 _DIED = 0.1  # of all parameters; less may belong to neurons that died in training, and nobody pruned
-_LISTED = 3
+LISTED = 3
 _INT8 = Affine(8)
 
 # Layers that were not measured.
@@ -142,7 +143,8 @@ class Case:
     def members(self) -> dict[str, keras.Layer]:
         """The layers of the report's rows; a wrapper's is the layer that it quantizes."""
         return {
-            path: layer.layer if isinstance(layer, QuantizeAware) else layer for path, layer, _ in _members(self.model)
+            path: layer.layer if isinstance(layer, QuantizeAware) else layer
+            for path, layer, _ in layers_with_own_weights(self.model)
         }
 
     def of_classes(self, *classes: type) -> list[str]:
@@ -245,7 +247,7 @@ def no_integer_kernel(case: Case) -> str | None:
     return (
         f"Weights of {weights.bits} bits with activations {inputs} have no integer kernel in LiteRT, which takes "
         "weights of at most 8 bits with activations of 8: such a model runs in float32, with "
-        f"{_human_bytes(case.report.total.dense_bytes)} of weights and no faster. Packed, its weights take "
+        f"{format_bytes(case.report.total.dense_bytes)} of weights and no faster. Packed, its weights take "
         f"{_packed(case)}."
     )
 
@@ -338,7 +340,7 @@ def few_bits(case: Case) -> str | None:
     return (
         f"Weights in {label(weights)} are a gain in size only, which LiteRT stores and computes in int8: with binary "
         f"weights, {case.took('binary weights')}{ratio}; with int8 weights it {_times(static.latency)}. In a .tflite "
-        f"file the weights take about {_human_bytes(case.int8_bytes)}, a byte each; {packed}."
+        f"file the weights take about {format_bytes(case.int8_bytes)}, a byte each; {packed}."
     )
 
 
@@ -431,8 +433,8 @@ def prospects(case: Case) -> str | None:
         return None
     if case.shrunk is not None and case.shrunk[0] < (1 - _DIED) * case.report.total.parameters:
         return None
-    before = _human_bytes(case.report.total.dense_bytes)
-    eight, sparse = (_human_bytes(case.expected_bytes(*how)) for how in ((0.0, _INT8), (0.8, None)))
+    before = format_bytes(case.report.total.dense_bytes)
+    eight, sparse = (format_bytes(case.expected_bytes(*how)) for how in ((0.0, _INT8), (0.8, None)))
     left = without_neurons(case.model, 0.5)
     if isinstance(left, str):
         neurons = f"No neuron can be removed: {left}."
@@ -449,7 +451,7 @@ def prospects(case: Case) -> str | None:
 
 
 def where_the_bytes_are(case: Case) -> str | None:
-    return _largest(case, "dense_bytes", "the bytes of the weights", _human_bytes)
+    return _largest(case, "dense_bytes", "the bytes of the weights", format_bytes)
 
 
 def where_the_macs_are(case: Case) -> str | None:
@@ -471,7 +473,7 @@ def what_stays(case: Case) -> str | None:
     by_reason: dict[str, list[str]] = {}
     for path in sorted(owners, key=lambda path: -case.rows[path].dense_bytes):
         by_reason.setdefault(owners[path], []).append(path)
-    names = "; ".join(f"{_listed(paths)}: {reason}" for reason, paths in list(by_reason.items())[:_LISTED])
+    names = "; ".join(f"{_listed(paths)}: {reason}" for reason, paths in list(by_reason.items())[:LISTED])
     return f"Not compressed whatever is done: {held / total:.0%} of the bytes of the weights ({names})."
 
 
@@ -500,7 +502,7 @@ def _largest(case: Case, name: str, what: str, shown) -> str | None:
     """The layers that hold most of something, with their shares."""
     total = getattr(case.report.total, name)
     held = sorted(((getattr(row, name), row.path) for row in case.report.layers), key=lambda pair: -pair[0])
-    parts = [f"{path} {value / total:.0%} ({shown(value)})" for value, path in held[:_LISTED] if value]
+    parts = [f"{path} {value / total:.0%} ({shown(value)})" for value, path in held[:LISTED] if value]
     if not parts:
         return None
     return f"Where {what} are, {shown(total)} in all: {', '.join(parts)}."
@@ -516,11 +518,11 @@ def _packed(case: Case, *, sparse: bool = True) -> str:
 
     `sparse`: whether what is planned counts with the zeros.
     """
-    before = _human_bytes(case.report.total.dense_bytes)
+    before = format_bytes(case.report.total.dense_bytes)
     if not case.planned:
-        return f"{_human_bytes(case.report.total.compressed_bytes)} instead of {before}"
+        return f"{format_bytes(case.report.total.compressed_bytes)} instead of {before}"
     expected = case.expected_bytes(case.plan.sparsity if sparse else 0.0, case.plan.weights)
-    return f"about {_human_bytes(expected)} instead of {before}"
+    return f"about {format_bytes(expected)} instead of {before}"
 
 
 def _left(case: Case, parameters: int, macs: int) -> str:
@@ -543,5 +545,5 @@ def _times(ratio: float | None) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_squeeze import checks
 from keras_squeeze.analysis.plots import Bars, plot_bars
-from keras_squeeze.analysis.report import _WIDTH, _as_text, _human_bytes, summarize
+from keras_squeeze.analysis.report import summarize
+from keras_squeeze.analysis.tables import WIDTH, format_bytes, render_text
+from keras_squeeze.data import lists_to_arrays
 from keras_squeeze.deployment.litert import export
 from keras_squeeze.deployment.loading import load_model
 from keras_squeeze.evaluation.latency import Latency, measure_latencies
@@ -118,7 +119,7 @@ class Comparison:
         spread = [(latency.p10_ms, latency.p90_ms) for latency in latencies]
         ratios = [latency.ratio for latency in latencies]
         panels = [
-            _bars("size of the file", [row.num_bytes for row in self.rows], _human_bytes),
+            _bars("size of the file", [row.num_bytes for row in self.rows], format_bytes),
             _bars("latency", [latency.median_ms for latency in latencies], _milliseconds, ratios, spread),
         ]
         if any(row.macs for row in self.rows):
@@ -128,7 +129,7 @@ class Comparison:
         return plot_bars([row.name for row in self.rows], panels, path)
 
     def __str__(self) -> str:
-        return _as_text(lambda box: self._table(self._columns(), box), self._remarks())
+        return render_text(lambda box: self._table(self._columns(), box), self._remarks())
 
     def __rich_console__(self, console, options):
         from rich.box import SIMPLE_HEAD
@@ -136,7 +137,7 @@ class Comparison:
 
         columns = self._columns()
         narrow = [name for name in columns if name in (*_NARROW, self.metric)]
-        yield self._table(columns if options.max_width >= _WIDTH else narrow, SIMPLE_HEAD)
+        yield self._table(columns if options.max_width >= WIDTH else narrow, SIMPLE_HEAD)
         yield from (Text(line, style="dim") for line in self._remarks())
 
     def _repr_html_(self) -> str:
@@ -159,8 +160,8 @@ class Comparison:
             "parameters": _or_dash(row.parameters, _count),
             "MACs": _or_dash(row.macs, _count),
             "energy": _or_dash(row.energy_pj, _joules),
-            "size": _human_bytes(row.num_bytes),
-            "gzipped": _human_bytes(row.gzip_bytes),
+            "size": format_bytes(row.num_bytes),
+            "gzipped": format_bytes(row.gzip_bytes),
             "latency": _milliseconds(row.latency.median_ms),
             "ratio": f"{row.latency.ratio:.2f}",
         }
@@ -232,7 +233,7 @@ def compare(
     ```
     """
     _check(models, data)
-    data = _with_arrays(data)
+    data = lists_to_arrays(data)
     checks.positive_int("num_threads", num_threads)
     checks.positive_int("runs", runs)
     judge = find_judge(metric)
@@ -292,16 +293,6 @@ def _check(models, data) -> None:
             "`data` is read once for every model, and an iterator or generator is empty after the first. Pass arrays "
             f"(x, y) or a tf.data.Dataset. Received: {data!r}"
         )
-
-
-def _with_arrays(data):
-    """Lists of numbers as arrays; lists of arrays, for several inputs, stay."""
-    if not isinstance(data, (tuple, list)):
-        return data
-    return tuple(
-        np.asarray(part) if isinstance(part, list) and not any(hasattr(x, "shape") for x in part) else part
-        for part in data
-    )
 
 
 def _entry(name: str, item, tflite: pathlib.Path, safe_mode: bool) -> _Entry:

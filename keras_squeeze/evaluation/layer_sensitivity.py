@@ -10,9 +10,8 @@ import keras
 import numpy as np
 
 from keras_squeeze import checks
-from keras_squeeze.analysis.report import _shortened
-from keras_squeeze.data import batches
-from keras_squeeze.evaluation.comparison import _with_arrays
+from keras_squeeze.analysis.tables import shorten
+from keras_squeeze.data import batches, lists_to_arrays
 from keras_squeeze.evaluation.metrics import check_compiled, find_metric
 from keras_squeeze.evaluation.sensitivity_profile import WHOLE, Curve, Sensitivity
 from keras_squeeze.introspection.functional import functional_of
@@ -24,13 +23,12 @@ from keras_squeeze.introspection.selection import (
     compile_patterns,
     select_layers,
 )
-from keras_squeeze.introspection.variables import changed, read
+from keras_squeeze.introspection.variables import changed, read, recurrent_states
 from keras_squeeze.neuron_pruning import neuron_criteria
 from keras_squeeze.neuron_pruning.neuron_allocation import Limits
 from keras_squeeze.neuron_pruning.neuron_selection import NeuronSelector, Target
 from keras_squeeze.neuron_pruning.neurons import Neurons
 from keras_squeeze.progress import progress_bar
-from keras_squeeze.quantization.quantize_aware_layer import _recurrent_states
 from keras_squeeze.quantizers import Affine, Binary
 from keras_squeeze.weight_pruning.criteria import preserve_metrics
 from keras_squeeze.weight_pruning.weight_groups import PruningMethod
@@ -211,7 +209,7 @@ def _selectors(model, units: Units) -> tuple[dict[str, NeuronSelector], list[tup
 def _why_they_stay(found: Neurons, everything: Neurons, paths: list[str]) -> str:
     joined = {path: None for group in everything.groups if set(group.paths) & set(paths) for path in group.paths}
     if joined:
-        return f"they go only together: {_shortened(list(joined))}; `groups` can put these together"
+        return f"they go only together: {shorten(list(joined))}; `groups` can put these together"
     reasons = [reason for path, reason in found.frozen if path in paths]
     if not reasons:
         return "it has none of its own"
@@ -262,7 +260,7 @@ def _expressions(groups) -> list[str]:
 @contextlib.contextmanager
 def _left_as_found(model):
     """Whatever is evaluated in here leaves no trace: not in weights, metrics, or what recurrent layers remember."""
-    states = [variable for variable in (*model.variables, *_recurrent_states(model)) if not variable.trainable]
+    states = [variable for variable in (*model.variables, *recurrent_states(model)) if not variable.trainable]
     with preserve_metrics(model), changed([(variable, np.array(read(variable))) for variable in states]):
         yield
 
@@ -292,7 +290,7 @@ def _dataset(data, max_examples: int) -> tuple[Any, int]:
             f"generator: {data!r}"
         )
     parts, count = [], 0
-    for batch in batches(_thinned(_with_arrays(data), max_examples), None, _BATCH):
+    for batch in batches(_thinned(lists_to_arrays(data), max_examples), None, _BATCH):
         part = _without_blanks(batch, max_examples - count)
         parts.append(part)
         count += len(keras.tree.flatten(part)[0])

@@ -10,7 +10,7 @@ from typing import Any
 
 from keras_squeeze import checks
 from keras_squeeze.analysis.plots import Falls, plot_falls
-from keras_squeeze.analysis.report import _as_text, _listing
+from keras_squeeze.analysis.tables import group_by_reason, render_text
 
 KINDS = ("sparsity", "neurons", "bits")
 WHOLE = "all"
@@ -224,7 +224,7 @@ class Sensitivity:
     def __str__(self) -> str:
         from rich.console import Group
 
-        return _as_text(lambda box: Group(*self._tables(box)), self._remarks())
+        return render_text(lambda box: Group(*self._tables(box)), self._remarks())
 
     def __rich_console__(self, console, options):
         from rich.box import SIMPLE_HEAD
@@ -268,7 +268,7 @@ class Sensitivity:
         return [
             f"{self.metric} of {self.examples:,} examples: {self._score(self.base)} as it is; one layer compressed at "
             f"a time, without training; {WHOLE}: all of them",
-            *_listing("skipped", self.skipped),
+            *group_by_reason("skipped", self.skipped),
         ]
 
     def _score(self, value: float) -> str:

@@ -29,6 +29,12 @@ def changed(changes: Iterable[tuple[keras.Variable, np.ndarray]]) -> Iterator[No
             variable.assign(value)
 
 
+def recurrent_states(layer: keras.Layer) -> list[Variable]:
+    """Returns the states of stateful recurrent layers, which Keras does not list among their variables."""
+    states = [getattr(part, "states", None) for part in layer._flatten_layers()]
+    return [state for state in keras.tree.flatten(states) if isinstance(state, Variable)]
+
+
 def require_tensorflow() -> None:
     """Raises a `ValueError` unless Keras runs on TensorFlow, the backend that this package is tested on."""
     if keras.backend.backend() != "tensorflow":

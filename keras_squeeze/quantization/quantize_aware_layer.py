@@ -14,7 +14,7 @@ from keras_squeeze import quantizers
 from keras_squeeze.analysis.report import Grid, register_grids
 from keras_squeeze.introspection.layer_table import register_wrapper
 from keras_squeeze.introspection.selection import CompressibleWeight, layer_weights
-from keras_squeeze.introspection.variables import read
+from keras_squeeze.introspection.variables import read, recurrent_states
 from keras_squeeze.quantization.convertible import convertible_matmul, convertible_weight
 from keras_squeeze.quantization.fake_quantize import FakeQuantize, is_converting
 from keras_squeeze.quantizers import Binary, Quantizer
@@ -201,7 +201,7 @@ class QuantizeAware(layers.Wrapper):
 
     def _stateless(self, values: list, args, kwargs):
         """Calls the layer with other values for some of its variables; its updates, such as seeds, are kept."""
-        variables = self.layer.variables + _recurrent_states(self.layer)
+        variables = self.layer.variables + recurrent_states(self.layer)
         if in_stateless_scope():  # a scope hides the values of the one around it
             replaced = {id(variable) for variable, _ in values}
             values = values + [(other, _value(other)) for other in variables if id(other) not in replaced]
@@ -301,12 +301,6 @@ def _check_layer(layer) -> None:
             f"`QuantizeAware` wraps one layer, and '{layer.name}' is a model. Received: {layer!r}. "
             "keras_squeeze.quantize_aware(model) wraps all of its layers."
         )
-
-
-def _recurrent_states(layer) -> list[Variable]:
-    """What stateful recurrent layers remember, which Keras does not list among their variables."""
-    states = [getattr(part, "states", None) for part in layer._flatten_layers()]
-    return [state for state in keras.tree.flatten(states) if isinstance(state, Variable)]
 
 
 def _value(variable):
