@@ -26,7 +26,7 @@ from keras_squeeze.recipes.recipe import Recipe
 from keras_squeeze.search.objectives import pareto_front
 from keras_squeeze.search.space import CompressionSpace
 from keras_squeeze.training.after_target import AfterTarget
-from keras_squeeze.training.batch_norm import recalibrate_batch_norm
+from keras_squeeze.training.recalibration import recalibrate_batch_norm
 from keras_squeeze.weight_pruning import criteria
 from keras_squeeze.weight_pruning.keep_sparsity import KeepSparsity
 from keras_squeeze.weight_pruning.magnitude_pruning import MagnitudePruning, prune_weights

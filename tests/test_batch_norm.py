@@ -9,7 +9,7 @@ import tensorflow as tf
 from networks import two_devices
 
 import keras_squeeze as ks
-from keras_squeeze.training.batch_norm import STEPS_NEEDED, WINDOW, Change
+from keras_squeeze.training.moving_statistics import STEPS_NEEDED, WINDOW, Change
 
 layers = keras.layers
 
@@ -844,7 +844,12 @@ BAD_INPUT = {
 }
 for value in (0, -1, True, 1.5, "a"):
     options = {"max_examples": value}
-    BAD_INPUT[f"max_examples={value!r}"] = lambda: (one_layer(), MANY), options, ValueError, f"Received: {value!r}"
+    BAD_INPUT[f"max_examples={value!r}"] = (
+        lambda: (one_layer(), MANY),
+        options,
+        ValueError,
+        f"Received: max_examples={value!r}",
+    )
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
@@ -856,6 +861,13 @@ def test_bad_input_is_refused(case):
     if getattr(model, "built", False) and isinstance(model, keras.Model):
         np.testing.assert_array_equal(statistics(norms(model)[0]), [np.zeros(FEATURES), np.ones(FEATURES)])
         assert_released(model)
+
+
+@pytest.mark.parametrize("data", [MANY[:0], [], "x", 3, (MANY, TARGETS[:7])])
+def test_bad_data_is_refused_without_batch_normalization_too(data):
+    model = keras.Sequential([keras.Input((FEATURES,)), layers.Dense(2)])
+    with pytest.raises((TypeError, ValueError), match="`data`"):
+        ks.recalibrate_batch_norm(model, data)
 
 
 def small_digits_model(norm=layers.BatchNormalization, **compile_options) -> keras.Model:

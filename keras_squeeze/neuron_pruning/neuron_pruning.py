@@ -17,10 +17,10 @@ from keras_squeeze.neuron_pruning.neuron_selection import NeuronSelector, Target
 from keras_squeeze.neuron_pruning.neurons import Neurons, Savings, widths
 from keras_squeeze.neuron_pruning.shrinking import shrink
 from keras_squeeze.reconstruction.compensation import remembering
-from keras_squeeze.training.batch_norm import Change
 from keras_squeeze.training.fit_run import CompressionCallback, sum_fractions
 from keras_squeeze.training.gradients import BATCHES, GradientWindow, GroupProducts
 from keras_squeeze.training.mask_constraint import MaskConstraint, assign_masked, attach_masks, detach_masks
+from keras_squeeze.training.moving_statistics import Change
 from keras_squeeze.training.update_cost import FEWEST, NEURONS, OBSERVED, TOO_SHORT, affordable_updates
 
 ALLOCATIONS = ("auto", "global", "uniform")

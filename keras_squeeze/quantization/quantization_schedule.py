@@ -13,8 +13,9 @@ from keras_squeeze.quantization.placement import LOW_BITS, find_ends
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
 from keras_squeeze.quantizers import UniformQuantizer
 from keras_squeeze.schedules import UPDATES_BY_DEFAULT, check_time, to_steps
-from keras_squeeze.training.batch_norm import Change, freeze_statistics
+from keras_squeeze.training.batch_norm import freeze_statistics
 from keras_squeeze.training.fit_run import CompressionCallback
+from keras_squeeze.training.moving_statistics import Change
 
 _MIX_UNITS = 1000  # `progress` counts in whole parts
 
@@ -30,7 +31,7 @@ class QuantizationSchedule(CompressionCallback):
         delay: Until then the model trains in float; ranges of activations are measured meanwhile.
         freeze: From then on, ranges of activations stay as they are, and batch normalization uses its moving statistics
             and leaves them as they are, so that training ends with what inference computes. 1.0: never. Until then they
-            follow the network, from `delay` on: see `keras_squeeze.training.batch_norm`.
+            follow the network, from `delay` on: see `keras_squeeze.training.moving_statistics`.
         num_bits: How the bits of weights with a grid of 2 to 16 bits change: a list such as `[8, 4, 2]`, spread evenly
             from `delay` to `freeze`, the last one from `freeze` on at the latest; or `{regular expression: list}`, by
             the path of a layer inside the model. None: they stay. Where a list goes below 4 bits, the first and the

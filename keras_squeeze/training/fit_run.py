@@ -11,7 +11,7 @@ import keras
 
 from keras_squeeze.introspection.running_fit import callback_lists
 from keras_squeeze.introspection.variables import require_tensorflow
-from keras_squeeze.training.batch_norm import STEPS_NEEDED, Change, MovingStatistics, warn_of_ignored
+from keras_squeeze.training.moving_statistics import STEPS_NEEDED, Change, MovingStatistics, warn_of_ignored
 
 _ORIGIN_FILE = "keras_squeeze_origin.txt"
 

@@ -11,10 +11,10 @@ from keras_squeeze import checks, schedules
 from keras_squeeze.analysis.report import CompressionReport, summarize
 from keras_squeeze.introspection.selection import CompressibleWeight, LayerSelector, Selection, select_layers
 from keras_squeeze.introspection.variables import read
-from keras_squeeze.training.batch_norm import Change
 from keras_squeeze.training.fit_run import CompressionCallback, sum_fractions
 from keras_squeeze.training.gradients import GradientWindow, MeanGradients
 from keras_squeeze.training.mask_constraint import assign_masked, attach_masks, detach_masks
+from keras_squeeze.training.moving_statistics import Change
 from keras_squeeze.training.update_cost import TOO_SHORT
 from keras_squeeze.weight_pruning.masks import check_reachable
 from keras_squeeze.weight_pruning.weight_groups import (
@@ -52,7 +52,7 @@ class MagnitudePruning(CompressionCallback):
         data: For gradient criteria: `(x, y)` arrays or a `tf.data.Dataset` of batches to take gradients on instead.
 
     While masks move, the moving statistics of batch normalization follow with a momentum of at most 0.9; the layers'
-    own comes back after the last update (see `keras_squeeze.training.batch_norm`).
+    own comes back after the last update (see `keras_squeeze.training.moving_statistics`).
 
     Raises:
         ValueError, TypeError: an argument outside its range, at once; a model, data or schedule that does not
