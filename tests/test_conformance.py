@@ -12,7 +12,7 @@ import pytest
 import keras_squeeze as ks
 from keras_squeeze import schedules
 from keras_squeeze.introspection.selection import select_layers
-from keras_squeeze.weight_pruning import criteria, masks, weight_allocation
+from keras_squeeze.weight_pruning import criteria, masks, patterns, weight_allocation
 
 # Each row: an instance with no argument left at its default where that can be.
 SCHEDULES = [
@@ -35,21 +35,21 @@ CRITERIA = [
 
 # Each row: an instance, and what `pattern=` takes for it (None: only the instance).
 PATTERNS = [
-    (masks.Unstructured(), "unstructured"),
-    (masks.NOfM(2, 4), "2:4"),
-    (masks.NOfM(1, 2), "1:2"),
-    (masks.Blocks([1, 4]), (1, 4)),
-    (masks.Blocks([2, 2], pooling="max"), None),
+    (patterns.Unstructured(), "unstructured"),
+    (patterns.NOfM(2, 4), "2:4"),
+    (patterns.NOfM(1, 2), "1:2"),
+    (patterns.Blocks([1, 4]), (1, 4)),
+    (patterns.Blocks([2, 2], pooling="max"), None),
 ]
 
 VARIANTS = [
     *((schedule, schedules) for schedule in SCHEDULES),
     *((criterion, criteria) for criterion, _ in CRITERIA),
-    *((pattern, masks) for pattern, _ in PATTERNS),
+    *((pattern, patterns) for pattern, _ in PATTERNS),
 ]
 BY_NAME = [
     *((criterion, name, criteria.get) for criterion, name in CRITERIA),
-    *((pattern, name, masks.get_pattern) for pattern, name in PATTERNS if name is not None),
+    *((pattern, name, patterns.get_pattern) for pattern, name in PATTERNS if name is not None),
 ]
 
 
@@ -90,7 +90,7 @@ def test_the_config_holds_every_argument(variant, module):
 
 @pytest.mark.parametrize(("variant", "module"), VARIANTS, ids=name_of)
 def test_where_one_is_asked_for_its_config_may_be_given(variant, module):
-    get = masks.get_pattern if module is masks else module.get
+    get = patterns.get_pattern if module is patterns else module.get
     config = json.loads(json.dumps(keras.saving.serialize_keras_object(variant)))
     assert behaviour(get(config)) == behaviour(variant)
     assert get(variant) is variant
@@ -106,13 +106,13 @@ def test_repr_is_what_makes_an_equal_one(variant, module):
 @pytest.mark.parametrize(("variant", "name", "get"), BY_NAME, ids=name_of)
 def test_lookup_by_name(variant, name, get):
     assert type(get(name)) is type(variant)
-    if isinstance(variant, masks.Pattern):
+    if isinstance(variant, patterns.Pattern):
         assert get(name).get_config() == variant.get_config()
 
 
 @pytest.mark.parametrize(
     ("base", "module"),
-    [(schedules.Schedule, schedules), (criteria.Criterion, criteria), (masks.Pattern, masks)],
+    [(schedules.Schedule, schedules), (criteria.Criterion, criteria), (patterns.Pattern, patterns)],
     ids=name_of,
 )
 def test_every_public_class_has_a_row(base, module):
@@ -240,7 +240,7 @@ def count(zeros):
 
 def assert_sparsity(zeros, target, allocation, pattern):
     """To within half a unit, of every weight or, where all compete, of all together."""
-    unit = math.prod(pattern.shape) if isinstance(pattern, masks.Blocks) else 1
+    unit = math.prod(pattern.shape) if isinstance(pattern, patterns.Blocks) else 1
     if allocation == "uniform":
         for z in zeros:
             assert z.sum() == pytest.approx(target * z.size, abs=unit / 2)
@@ -274,7 +274,7 @@ def some_zeros(shape):
 
 
 # Blocks are left out, which zeros need not fill, and "erk", which may ask for fewer zeros than a weight has.
-ONE_BY_ONE = [way for way in ALL_WAYS if way[1] not in ("erk", "auto") and not isinstance(way[2], masks.Blocks)]
+ONE_BY_ONE = [way for way in ALL_WAYS if way[1] not in ("erk", "auto") and not isinstance(way[2], patterns.Blocks)]
 
 
 @pytest.mark.parametrize(("criterion", "allocation", "pattern"), ONE_BY_ONE, ids=way_of)
@@ -288,7 +288,7 @@ def test_what_is_zero_stays_zero_and_counts(criterion, allocation, pattern):
     assert_sparsity(after, 0.125, allocation, pattern)
 
 
-@pytest.mark.parametrize("pattern", [p for p, _ in PATTERNS if isinstance(p, masks.NOfM)], ids=repr)
+@pytest.mark.parametrize("pattern", [p for p, _ in PATTERNS if isinstance(p, patterns.NOfM)], ids=repr)
 @pytest.mark.parametrize("allocation", weight_allocation.ALLOCATIONS)
 def test_n_of_m_is_complete_in_the_model(pattern, allocation):
     model, data = two_layers()

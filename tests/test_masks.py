@@ -7,7 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from keras_squeeze.weight_pruning.masks import Blocks, NOfM, Unstructured, get_pattern, select_masks
+from keras_squeeze.weight_pruning.masks import select_masks
+from keras_squeeze.weight_pruning.patterns import Blocks, NOfM, Unstructured, get_pattern
 from keras_squeeze.weight_pruning.weight_allocation import erk_sparsities, keep_count
 
 # The brute force. A unit is (score, [index, ...]): the values at these indices live or die together.

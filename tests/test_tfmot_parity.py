@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from keras_squeeze import schedules
 from keras_squeeze.weight_pruning.criteria import Magnitude
-from keras_squeeze.weight_pruning.masks import Blocks, NOfM, select_masks
+from keras_squeeze.weight_pruning.masks import select_masks
+from keras_squeeze.weight_pruning.patterns import Blocks, NOfM
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """The `keras-squeeze` command.
 
-The subcommands are in `commands`: those on finished models in `files`, those that train in `training` and `searching`.
-Each is one function that adds it with its arguments, and one that runs it and returns what to show: something to print,
-and the same as a dict for `--json`.
+Subcommands on finished models are in `files`, those that train in `training` and `searching`. Each is one function that
+adds it with its arguments, and one that runs it and returns what to show: something to print, and the same as a dict
+for `--json`.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from keras_squeeze.neuron_pruning.shrinking import kept_ids
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
 from keras_squeeze.quantizers import Affine, Binary, Quantizer
-from keras_squeeze.weight_pruning.masks import check_reachable, get_pattern
+from keras_squeeze.weight_pruning.patterns import check_reachable, get_pattern
 
 _KEYS = ("sparsity", "pattern", "neurons", "weights", "activations")
 _FEW = 0.1  # zeros, as rounding makes them, that save next to nothing

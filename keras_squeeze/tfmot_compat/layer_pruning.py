@@ -10,7 +10,7 @@ from keras_squeeze.tfmot_compat.pruning_schedules import course_of
 from keras_squeeze.training.fit_run import CompressionCallback
 from keras_squeeze.training.mask_constraint import MaskConstraint
 from keras_squeeze.weight_pruning.magnitude_pruning import MagnitudePruning
-from keras_squeeze.weight_pruning.masks import NOfM
+from keras_squeeze.weight_pruning.patterns import NOfM
 from keras_squeeze.weight_pruning.weight_groups import WeightGroup
 
 _PRUNING = "_pruned_by_keras_squeeze"

@@ -14,7 +14,7 @@ from keras_squeeze.tfmot_compat import pruning_schedules
 from keras_squeeze.tfmot_compat.layer_pruning import LayerPruning
 from keras_squeeze.tfmot_compat.pruning_schedules import DEFAULT
 from keras_squeeze.tfmot_compat.wrapping import TransparentWrapper
-from keras_squeeze.weight_pruning.masks import Blocks, NOfM, Pattern, Unstructured
+from keras_squeeze.weight_pruning.patterns import Blocks, NOfM, Pattern, Unstructured
 
 _POOLING = {"AVG": "mean", "MAX": "max"}
 

@@ -16,7 +16,7 @@ from keras_squeeze.training.gradients import GradientWindow, MeanGradients
 from keras_squeeze.training.mask_constraint import assign_masked, attach_masks, detach_masks
 from keras_squeeze.training.moving_statistics import Change
 from keras_squeeze.training.update_cost import TOO_SHORT
-from keras_squeeze.weight_pruning.masks import check_reachable
+from keras_squeeze.weight_pruning.patterns import check_reachable
 from keras_squeeze.weight_pruning.weight_groups import (
     PruningMethod,
     WeightGroup,

@@ -21,7 +21,8 @@ from keras_squeeze.training.gradients import BATCHES, GradientWindow, MeanGradie
 from keras_squeeze.training.mask_constraint import MaskConstraint
 from keras_squeeze.training.update_cost import FEWEST, OBSERVED, WEIGHTS, affordable_updates
 from keras_squeeze.weight_pruning import criteria
-from keras_squeeze.weight_pruning.masks import Pattern, check_floors, get_pattern, is_at_floor, select_masks
+from keras_squeeze.weight_pruning.masks import check_floors, is_at_floor, select_masks
+from keras_squeeze.weight_pruning.patterns import Pattern, get_pattern
 from keras_squeeze.weight_pruning.weight_allocation import ALLOCATIONS
 
 
