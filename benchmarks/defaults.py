@@ -64,7 +64,7 @@ FACTORS: dict[str, dict[str, dict[str, dict[str, str]]]] = {  # technique, facto
         },
     },
     "neurons": {
-        "allocation": {name: {"allocation": name} for name in ("uniform", "global")},
+        "allocation": {name: {"allocation": name} for name in ("global", "uniform")},
         "criterion": {
             name: {"criterion": name}
             for name in ("taylor", "l1", "l2", "geometric_median", "batch_norm_scale", "apoz", "mean_activation")

@@ -9,10 +9,6 @@ from dataclasses import fields
 import numpy as np
 from defaults_training import DEFAULTS, Cell, Job, Settings
 
-SHORTFALL = 0.1
-"""Settings whose zeros fall short of the target by more, over all weights of a network and on average, prune too little
-to be ranked."""
-
 _COVERAGE = 0.5  # share of the cells, of those that the most measured rival has, that a rank asks for
 
 _KEY = [field.name for part in (Settings, Cell) for field in fields(part)] + ["seed"]
@@ -82,14 +78,6 @@ class Rows:
         values = [row[column] for row in measured if row is not None and row["accuracy"] is not None]
         return float(np.mean(values)) if values else math.nan
 
-    def prunes_enough(self, settings: Settings, cells: Sequence[Cell]) -> bool:
-        """Returns whether the zeros over all weights come near the target, on average."""
-        if settings.technique == "neurons":
-            return True
-        measured = [cell for cell in cells if self.all_lost(settings, [cell])]
-        strength = np.mean([cell.strength for cell in measured]) if measured else math.nan
-        return not self.mean_of("overall_sparsity", settings, measured) < strength - SHORTFALL
-
     def excess(self, settings: Settings, rivals: Sequence[Settings], cells: Iterable[Cell]) -> list[float]:
         """Returns the points lost beyond the default's, a value for every cell in which seed 0 of both was trained.
 
@@ -109,11 +97,11 @@ class Rows:
         return [lost for rival in rivals for lost in self.all_lost(rival, [cell])]
 
     def rank(self, rivals: Iterable[Settings], cells: Sequence[Cell]) -> list[Settings]:
-        """Sorts settings from the fewest points lost to the most; leaves out what prunes too little or has few rows."""
+        """Sorts settings from the fewest points lost to the most; leaves out what has few rows."""
         rivals = list(dict.fromkeys(rivals))
         excess = {rival: self.excess(rival, rivals, cells) for rival in rivals}
         needed = max(1.0, _COVERAGE * max(map(len, excess.values()), default=0))
-        ranked = [rival for rival in rivals if len(excess[rival]) >= needed and self.prunes_enough(rival, cells)]
+        ranked = [rival for rival in rivals if len(excess[rival]) >= needed]
         return sorted(ranked, key=lambda rival: float(np.mean(excess[rival])))
 
     def expected_seconds(self, jobs: Sequence[Job]) -> float:

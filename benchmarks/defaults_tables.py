@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import tables
-from defaults_rows import SHORTFALL, Rows
+from defaults_rows import Rows
 from defaults_training import DEFAULTS, Cell, Settings
 from measuring import Bar, bars_table
 from networks import NETWORKS
@@ -46,9 +46,10 @@ def screening_table(rows: Rows, factors: Mapping[str, Mapping[str, Settings]], c
     columns = ("points lost", "beyond the default", "lost after recalibration", "worst network", "zeros overall")
     header = ("factor", "value", *columns, "cells", "note")
     note = (
-        "Mean over networks and strengths, one seed; settings are ranked by what they lose beyond the default. `zeros "
-        "overall` is over all prunable weights: settings are not ranked if it falls short of the target by more than "
-        f"{SHORTFALL:g} on average. Settings that do not apply to a network rank there as the worst value of their "
+        "Mean over networks and strengths, one seed; settings are ranked by what they lose beyond the default. Where "
+        "they leave other layers dense than the default does, the target of the others is the one with which as many "
+        "weights are zero overall (`zeros overall` is over all prunable weights). Settings that do not apply to a "
+        "network, or would need a higher target than its layers can have, rank there as the worst value of their "
         "factor, and their points lost are those of the other networks."
     )
     return f"{tables.markdown(header, lines)}\n\n{note}"

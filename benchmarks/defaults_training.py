@@ -15,6 +15,7 @@ from networks import NETWORKS, Network, compile_network, measure_accuracy, train
 RATE = 1e-3
 DATA = 1024  # examples for criteria that look at data, and for the recalibration of batch normalization
 NEED_DATA = ("apoz", "mean_activation")
+HIGHEST_TARGET = 0.98
 
 SCHEDULES = {  # class in `keras_squeeze.schedules` and its arguments
     "polynomial": ("PolynomialDecay", {}),
@@ -57,7 +58,7 @@ class Settings:
 
 DEFAULTS = {  # of the package: the callbacks with a target and no other argument
     "weights": Settings("weights", "erk", "magnitude", left_out="depthwise"),
-    "neurons": Settings("neurons", "uniform", "taylor"),
+    "neurons": Settings("neurons", "global", "taylor"),
 }
 
 
@@ -168,16 +169,35 @@ def _make_callback(job: Job, model, data):
     if settings == DEFAULTS[settings.technique].on(job.cell.network):
         return make(strength)
     name, arguments = SCHEDULES[settings.schedule]
+    if settings.technique == "weights":
+        strength = _equal_target(model, settings, strength)
     schedule = getattr(ks.schedules, name)(strength, **arguments)
     options = {"allocation": settings.allocation, "criterion": settings.criterion}
     if settings.left_out:
-        options["layers"] = _layers_taking_part(model, settings.left_out.split("+"))
+        options["layers"] = [entry.layer for entry in _entries_taking_part(model, settings.left_out)]
     if settings.criterion in NEED_DATA:
         options["data"] = data
     return make(schedule, **options)
 
 
-def _layers_taking_part(model, roles: list[str]) -> list:
+def _equal_target(model, settings: Settings, strength: float) -> float:
+    """Returns the target with which settings make as many zeros as the default does with `strength`.
+
+    What leaves more layers dense prunes the others more: otherwise it would win by pruning less.
+    """
+    sizes = [
+        sum(
+            math.prod(weight.variable.shape) for entry in _entries_taking_part(model, roles) for weight in entry.weights
+        )
+        for roles in (DEFAULTS["weights"].left_out, settings.left_out)
+    ]
+    target = strength * sizes[0] / sizes[1]
+    if target > HIGHEST_TARGET:
+        raise ValueError(f"a target of {target:.3f} for the layers that take part would be needed")
+    return target
+
+
+def _entries_taking_part(model, left_out: str) -> list:
     """Returns the compressible layers that have none of the roles."""
     import keras
 
@@ -190,8 +210,8 @@ def _layers_taking_part(model, roles: list[str]) -> list:
         "first": entries[:1],
         "last": entries[-1:],
     }
-    left_out = {entry.path for role in roles for entry in with_role[role]}
-    return [entry.layer for entry in entries if entry.path not in left_out]
+    dense = {entry.path for role in filter(None, left_out.split("+")) for entry in with_role[role]}
+    return [entry for entry in entries if entry.path not in dense]
 
 
 def _measure_sparsity(model) -> float:
@@ -215,6 +235,7 @@ def package_digest() -> str:
 
     folder = pathlib.Path(keras_squeeze.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.py"), *folder.glob("pruning/*.py")]):
+    rooms = ("training", "weight_pruning", "neuron_pruning")
+    for path in sorted([folder / "schedules.py", *(path for room in rooms for path in folder.glob(f"{room}/*.py"))]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]

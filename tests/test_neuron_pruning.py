@@ -193,6 +193,28 @@ def test_every_criterion(digits, name, allocation):
     assert_shrinks(model, digits[0][:100])
 
 
+@pytest.mark.parametrize(
+    ("with_data", "criterion", "allocation"), [(True, "taylor", "global"), (False, "geometric_median", "uniform")]
+)
+def test_what_auto_is_in_one_shot(digits, with_data, criterion, allocation):
+    options = {"data": (digits[0][:256], digits[1][:256])} if with_data else {}
+    automatic, named = residual_convnet(), residual_convnet()
+    ks.prune_neurons(automatic, 0.4, round_to=1, **options)
+    ks.prune_neurons(named, 0.4, round_to=1, criterion=criterion, allocation=allocation, **options)
+    for weight, expected in zip(automatic.get_weights(), named.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, expected)
+
+
+def test_auto_in_fit_lets_the_neurons_of_all_layers_compete(digits):
+    widths = {}
+    for allocation in ("auto", "global", "uniform"):
+        model = residual_convnet()
+        pruning = ks.NeuronPruning(FRACTION, round_to=1, allocation=allocation)
+        fit(model, digits, pruning=pruning)
+        widths[allocation] = [int(dead_filters(model, name).sum()) for name in ("stem", "inner", "outer")]
+    assert widths["auto"] == widths["global"] != widths["uniform"]
+
+
 @pytest.mark.parametrize("name", neuron_criteria._CRITERIA)
 def test_a_criterion_survives_json(name):
     criterion = neuron_criteria.get(name)

@@ -58,7 +58,7 @@ class Allocation:
     Args:
         groups: The neurons that may go.
         limits: What every layer keeps.
-        kind: `"uniform"` or `"auto"`, every layer loses the same share; `"global"`, all neurons compete by score.
+        kind: `"uniform"`, every layer loses the same share; `"global"`, all neurons compete by score.
         count: How many neurons the model has.
     """
 
@@ -119,7 +119,7 @@ class Allocation:
 
     def _wanted(self, scores: np.ndarray, share: float) -> list[float]:
         """Neurons that every group would keep if its width could be anything."""
-        if self._kind in ("auto", "uniform") or not self._groups:
+        if self._kind == "uniform" or not self._groups:
             return [len(group.neurons) * (1.0 - share) for group in self._groups]
         everything = np.concatenate([scores[group.neurons] for group in self._groups])
         gone = np.zeros(len(everything), bool)

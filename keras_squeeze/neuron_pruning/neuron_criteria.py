@@ -247,9 +247,9 @@ _CRITERIA: dict[str, Callable[[], NeuronCriterion]] = {
 }
 
 
-BEST_WITHOUT_DATA = L1
-"""What `"auto"` is where there is nothing to take gradients on: of those that fit every model and need no data, one of
-the two that lose least in `benchmarks/neuron_criteria.py`."""
+BEST_WITHOUT_DATA = GeometricMedian
+"""What `"auto"` is where there is nothing to take gradients on: of the criteria that fit every model and need no data,
+the one that loses least in `benchmarks/defaults.py`."""
 
 
 def automatic(model: keras.Model, data) -> NeuronCriterion:
@@ -259,6 +259,14 @@ def automatic(model: keras.Model, data) -> NeuronCriterion:
         if targets is not None:
             return Taylor()
     return BEST_WITHOUT_DATA()
+
+
+def automatic_allocation(criterion: NeuronCriterion) -> str:
+    """Returns what `allocation="auto"` is: neurons of different layers compete where gradients make them comparable.
+
+    By the size of weights alone, a layer with small ones would lose nearly all of its neurons.
+    """
+    return "global" if isinstance(criterion, GradientNeuronCriterion) else "uniform"
 
 
 def name_of(criterion: NeuronCriterion) -> str:

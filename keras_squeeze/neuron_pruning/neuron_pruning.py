@@ -41,7 +41,7 @@ class NeuronPruning(CompressionCallback):
         layers: Which layers, as in `MagnitudePruning`. Neurons that a sum joins go only together, so all the layers
             that compute them must be selected.
         allocation: `"uniform"`: every layer loses the same share; `"global"`: all neurons compete, by scores over the
-            mean of their layer; `"auto"`: `"uniform"`.
+            mean of their layer; `"auto"`: `"global"` with a criterion that uses gradients, else `"uniform"`.
         criterion: Which neurons go first: `"taylor"`, `"l2"`, `"l1"`, `"batch_norm_scale"`, `"geometric_median"`,
             `"random"`, or with `data` `"apoz"`, `"mean_activation"`. `"auto"` is `"taylor"`: from the gradients
             that the optimizer gets, in the eight batches before each update, unless there is `data`.

@@ -6,6 +6,7 @@ import numpy as np
 
 from keras_squeeze import checks
 from keras_squeeze.neuron_pruning.neuron_allocation import Allocation, Limits
+from keras_squeeze.neuron_pruning.neuron_criteria import automatic_allocation
 from keras_squeeze.neuron_pruning.neurons import NeuronGroup, Neurons, Savings
 
 _ROUNDING = 0.02  # of the neurons: where all compete, how many widths allow depends a little on their scores
@@ -55,6 +56,8 @@ class NeuronSelector:
     def __init__(self, neurons: Neurons, target: Target, limits: Limits, allocation: str, criterion, data):
         self.neurons = neurons
         self._target, self._criterion, self._data = target, criterion, data
+        if allocation == "auto":
+            allocation = automatic_allocation(criterion)
         self._allocation = Allocation(neurons.groups, limits, allocation, neurons.count)
         self._savings = Savings(neurons)
         self._whole = self._left(np.zeros(neurons.count, bool))
