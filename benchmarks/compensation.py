@@ -1,7 +1,7 @@
 """What `shrink(model, compensate=data)` saves before any fine-tuning, for every criterion, on rendered characters.
 
 Networks are trained, then lose a part of their neurons in one shot, and are judged as they are: shrunk, shrunk with
-the statistics of batch normalisation measured anew, and shrunk with the means of what was removed in the next biases
+the statistics of batch normalization measured anew, and shrunk with the means of what was removed in the next biases
 as well. The data of both are training pictures without their classes.
 """
 

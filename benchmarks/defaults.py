@@ -21,6 +21,7 @@ from defaults_tables import (
     PROMISES,
     Promise,
     cells_table,
+    choices_table,
     describe_bars,
     final_bars,
     finalists_table,
@@ -32,6 +33,7 @@ from measuring import advance, progress_bar, warn_if_busy
 from networks import use_one_thread
 from rich.console import Console
 
+GUIDE = pathlib.Path(__file__).parent.parent / "docs" / "guides" / "defaults.md"
 ROWS = pathlib.Path(__file__).with_name("defaults_rows.jsonl")
 STAGES = ("screen", "product", "final", "bars")
 PROCESSES, FINALISTS, FIRST_ESTIMATE, LATER_ESTIMATES = 2, 5, 20, 100
@@ -274,6 +276,10 @@ def main() -> None:
     console.print(text, soft_wrap=True, markup=False)
     if args.write:
         tables.write("defaults", text)
+        factors = {technique: args.plan.factors(technique) for technique in args.techniques}
+        cells = {technique: args.plan.cells(technique) for technique in args.techniques}
+        choices = choices_table(args.rows, factors, cells)
+        tables.write("defaults", f"{choices}\n\n{tables.machine()}", GUIDE)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,28 @@ def _screening_line(rows: Rows, value: str, values: Mapping[str, Settings], cell
     )
 
 
+def choices_table(
+    rows: Rows, factors: Mapping[str, Mapping[str, Mapping[str, Settings]]], cells: Mapping[str, Sequence[Cell]]
+) -> str:
+    """Returns a line for each choice: the default, and the points that every other value loses beyond it.
+
+    Args:
+        rows: The trainings.
+        factors: Settings by technique, factor and value.
+        cells: The cells of each technique.
+    """
+    lines = []
+    for technique, by_factor in factors.items():
+        for factor, values in by_factor.items():
+            names = {settings: value for value, settings in values.items()}
+            default = DEFAULTS[technique]
+            others = [settings for settings in rows.rank(values.values(), cells[technique]) if settings != default]
+            excess = {rival: _mean(rows.excess(rival, list(values.values()), cells[technique])) for rival in others}
+            text = ", ".join(f"{names[rival]} {points:+.1f}" for rival, points in excess.items())
+            lines.append((technique, factor, names.get(default, ""), text))
+    return tables.markdown(("pruned", "choice", "default", "points lost beyond the default, on average"), lines)
+
+
 def finalists_table(rows: Rows, named: Mapping[str, Settings], cells: Sequence[Cell], seeds: int) -> str:
     """Returns what the letters of the finalists stand for, and the points that they lose at every length."""
     lengths = sorted({cell.steps for cell in cells})

@@ -113,7 +113,7 @@ def _oracle(name: str, hp, seed: int, trials: int, table: Table):
 
 
 def _score(name: str, metrics: dict, table: Table) -> float:
-    """What a tuner with one objective maximises."""
+    """What a tuner with one objective maximizes."""
     from keras_squeeze.search.objectives import Budgets, forgiving_score, score
 
     if "budget" in name:
@@ -240,7 +240,7 @@ def _bars(regrets: dict, needed: dict) -> list[Bar]:
         bars += [
             Bar(f"{task}: regret with seeding, half of random's", random / 2, seeded, 4),
             Bar(f"{task}: regret without it, random's", random, plain, 4),
-            Bar(f"{task}: regret with seeding, that of Bayesian optimisation", bayesian, seeded, 4),
+            Bar(f"{task}: regret with seeding, that of Bayesian optimization", bayesian, seeded, 4),
             Bar(f"{task}: trials needed, half of random's", float(np.median(needed[task, RANDOM])) / 2, trials, 0),
         ]
     return bars

@@ -1,6 +1,6 @@
 """All models of `keras.applications`, with and without their top: pruned to half, shrunk, compared, saved, reloaded.
 
-Every model has its random initial kernels, and random scales, shifts and statistics in its normalisations: the fresh
+Every model has its random initial kernels, and random scales, shifts and statistics in its normalizations: the fresh
 ones hide mistakes. Each runs in a process of its own, so that the largest one needs memory alone. Rows are printed as
 they come; what was done before is taken from the file of `--progress`, if there is one.
 """

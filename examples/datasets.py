@@ -50,6 +50,6 @@ def _digits():
 
 
 def _prepared(images, labels) -> tuple[np.ndarray, np.ndarray]:
-    if images.ndim == 3:  # no axis for colours
+    if images.ndim == 3:  # no axis for colors
         images = images[..., np.newaxis]
     return (images / 255).astype("float32"), labels.reshape(-1).astype("int32")

@@ -306,7 +306,7 @@ class TfmotSchedule(Schedule):
 
     def get_config(self):
         raise TypeError(
-            "A tfmot schedule is not serialised by this package; use one of keras_squeeze.schedules instead. "
+            "A tfmot schedule is not serialized by this package; use one of keras_squeeze.schedules instead. "
             f"Received: {self.schedule!r}"
         )
 

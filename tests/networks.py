@@ -24,7 +24,7 @@ def small_convnet(optimizer="adam", **compile_options) -> keras.Model:
 
 
 def residual_convnet(optimizer="adam", **compile_options) -> keras.Model:
-    """A residual network for the digits with batch normalisation, one of it without scale; compiled."""
+    """A residual network for the digits with batch normalization, one of it without scale; compiled."""
     keras.utils.set_random_seed(1)
     layers = keras.layers
     inputs = keras.Input((8, 8, 1))

@@ -8,7 +8,7 @@ SIZE = 8
 
 
 def randomize(model, seed: int) -> None:
-    """Random weights and normalisation statistics: those of a fresh model hide mistakes."""
+    """Random weights and normalization statistics: those of a fresh model hide mistakes."""
     rng = np.random.default_rng(seed)
     for variable in model.weights:
         if "variance" in variable.name or variable.name == "gamma":

@@ -215,7 +215,7 @@ def test_keep_sparsity_leaves_an_all_zero_weight_to_train(digits):
     assert np.count_nonzero(model.get_layer("logits").kernel.numpy()) > 0
 
 
-def test_a_zero_initialised_kernel_is_not_kept_dead(digits):
+def test_a_zero_initialized_kernel_is_not_kept_dead(digits):
     model = small_convnet()
     model.get_layer("logits").kernel.assign(np.zeros(model.get_layer("logits").kernel.shape))
     fit(model, digits, [ks.MagnitudePruning(0.5, allocation="uniform")])

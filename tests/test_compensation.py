@@ -103,7 +103,7 @@ def test_statistics_are_measured_anew():
     small = ks.shrink(model, compensate=images)
     for conv, norm in (("conv", "norm"), ("second", "second_norm")):
         means, variances = [], []
-        for batch in (images[:32], images[32:]):  # normalised by the batch's own statistics on the way
+        for batch in (images[:32], images[32:]):  # normalized by the batch's own statistics on the way
             entering = batch
             if conv == "second":
                 first = np.asarray(small.get_layer("conv")(batch))

@@ -57,7 +57,7 @@ def name_of(value):
     return value.__name__ if inspect.ismodule(value) or inspect.isfunction(value) else repr(value)
 
 
-def behaviour(variant):
+def behavior(variant):
     """What a schedule, criterion or pattern does, as plain data."""
     if isinstance(variant, schedules.Schedule):
         steps = range(-1, TOTAL + 20)
@@ -80,7 +80,7 @@ def test_the_config_survives_json_without_a_scope(variant, module):
     loaded = keras.saving.deserialize_keras_object(json.loads(text))
     assert type(loaded) is type(variant)
     assert loaded.get_config() == variant.get_config()
-    assert behaviour(loaded) == behaviour(variant)
+    assert behavior(loaded) == behavior(variant)
 
 
 @pytest.mark.parametrize(("variant", "module"), VARIANTS, ids=name_of)
@@ -92,7 +92,7 @@ def test_the_config_holds_every_argument(variant, module):
 def test_where_one_is_asked_for_its_config_may_be_given(variant, module):
     get = patterns.get_pattern if module is patterns else module.get
     config = json.loads(json.dumps(keras.saving.serialize_keras_object(variant)))
-    assert behaviour(get(config)) == behaviour(variant)
+    assert behavior(get(config)) == behavior(variant)
     assert get(variant) is variant
 
 

@@ -267,7 +267,7 @@ def test_inputs_and_outputs_may_be_nested(regression):
 
 
 def test_the_model_runs_in_inference_mode_and_stays_as_it_was(regression):
-    """Dropout passes everything and batch normalisation, new, scales by `1 / sqrt(1 + epsilon)`."""
+    """Dropout passes everything and batch normalization, new, scales by `1 / sqrt(1 + epsilon)`."""
     _, x, y, _ = regression
     layer, norm = keras.layers.Dense(3, use_bias=False), keras.layers.BatchNormalization(epsilon=3.0)
     model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dropout(0.9), layer])

@@ -135,7 +135,7 @@ def test_validation_split_is_that_of_keras(model, data, tmp_path):
     assert np.mean(guess == y[400:]) == pytest.approx(result.metrics["val_accuracy"])
 
 
-def test_losses_are_minimised(model, data, tmp_path):
+def test_losses_are_minimized(model, data, tmp_path):
     hyper = ks.CompressionHyperModel(model, search_tasks.space(), metric="val_loss", artifact="packed")
     objective = hyper.objective(max_size_bytes=10)
     result = one_trial(hyper, data, tmp_path, bits=8, neurons=0.0, sparsity=0.0)

@@ -53,7 +53,7 @@ VALUES = {
     "only infinity": lambda rng, n: np.full(n, np.inf),
     "all equal": lambda rng, n: np.full(n, 0.25),
     "all the largest float": lambda rng, n: np.full(n, np.finfo("float32").max),
-    "neighbouring floats": lambda rng, n: (rng.integers(-9, 9, n) + (1 << 23)).astype("int32").view("float32"),
+    "neighboring floats": lambda rng, n: (rng.integers(-9, 9, n) + (1 << 23)).astype("int32").view("float32"),
     "huge and tiny": lambda rng, n: rng.choice([-1, 1], n) * 10.0 ** rng.integers(-44, 38, n),
     "same upper half of the bits": lambda rng, n: 1 + rng.integers(0, 9, n) * 2.0**-23,
 }

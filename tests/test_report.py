@@ -271,7 +271,7 @@ def test_many_reasons_are_shortened():
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_the_table_in_colour(width):
+def test_the_table_in_color(width):
     model = small_convnet()
     prune_by_hand(model, every=2)
     console = rich.console.Console(file=io.StringIO(), width=width, force_terminal=True, color_system="standard")

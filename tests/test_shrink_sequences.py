@@ -1,4 +1,4 @@
-"""Recurrent layers, attention and normalisations lose neurons, and predict what they predicted."""
+"""Recurrent layers, attention and normalizations lose neurons, and predict what they predicted."""
 
 import keras
 import numpy as np
@@ -261,11 +261,11 @@ def test_masked_words_are_passed_over_by_attention():
     assert small.count_params() < 0.5 * model.count_params()
 
 
-# Normalisations.
+# Normalizations.
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 0.5])
-def test_root_mean_square_normalisation_is_exact(epsilon):
+def test_root_mean_square_normalization_is_exact(epsilon):
     inputs = keras.Input((FEATURES,))
     x = layers.RMSNormalization(epsilon=epsilon, name="norm")(layers.Dense(16, name="before")(inputs))
     model = keras.Model(inputs, layers.Dense(3)(x))
@@ -277,7 +277,7 @@ def test_root_mean_square_normalisation_is_exact(epsilon):
 
 
 @pytest.mark.filterwarnings("ignore:You passed `rms_scaling=True`")
-def test_a_normalisation_that_leaves_the_mean_leaves_constants():
+def test_a_normalization_that_leaves_the_mean_leaves_constants():
     """Over time, each channel on its own: a constant is divided by the root of epsilon, and is not zero."""
     inputs = keras.Input((STEPS, FEATURES))
     dense = layers.Dense(4, activation="relu", name="dense")
@@ -290,7 +290,7 @@ def test_a_normalisation_that_leaves_the_mean_leaves_constants():
     assert_same(model, ks.shrink(model))
 
 
-def test_whole_groups_are_normalised_as_before():
+def test_whole_groups_are_normalized_as_before():
     inputs = keras.Input((6, 6, 3))
     x = layers.GroupNormalization(groups=4, name="norm")(layers.Conv2D(16, 3, name="before")(inputs))
     model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x)))
@@ -385,7 +385,7 @@ def test_the_overview_names_what_keeps_neurons():
     assert embedded.free == 0
     ((reason, count),) = embedded.kept.items()
     assert count == 16
-    assert reason.startswith("layer_normalization normalises over it")
+    assert reason.startswith("layer_normalization normalizes over it")
     assert overview.to_dict()["layers"][0]["path"] == "embedded"
     free = ks.prunable_neurons(NETWORKS["transformer"](), allow_inexact=True)
     assert free.free > overview.free

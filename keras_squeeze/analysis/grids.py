@@ -15,7 +15,7 @@ _CHANNEL_AXES = ((), (-1,), (-2,), (-2, -1))
 _FEWEST_TO_A_SCALE = 2
 _MOST_INTEGER_BITS = 16
 _FEW, _NEAR = 64, 0.02  # so many values that are so near to integers: enough to look at the rest
-_NEIGHBOURS = 2
+_NEIGHBORS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ def _exact_scale(magnitudes: np.ndarray, first: int | None) -> tuple[np.float32,
         near = sample[:_FEW] * (high / float(largest))
         if np.abs(near - np.rint(near)).max() > _NEAR:
             continue
-        for scale in _neighbours(np.float32(largest / np.float32(high))):
+        for scale in _neighbors(np.float32(largest / np.float32(high))):
             integers = np.rint(magnitudes / np.float64(scale)).astype("float32")
             with np.errstate(over="ignore"):
                 if np.array_equal(integers * scale, magnitudes):
@@ -166,12 +166,12 @@ def _exact_scale(magnitudes: np.ndarray, first: int | None) -> tuple[np.float32,
     return None
 
 
-def _neighbours(scale: np.float32) -> list[np.float32]:
+def _neighbors(scale: np.float32) -> list[np.float32]:
     """A float and those next to it, for the quotient was rounded."""
     found = [scale]
     for end in (np.float32(np.inf), np.float32(0)):
         other = scale
-        for _ in range(_NEIGHBOURS):
+        for _ in range(_NEIGHBORS):
             other = np.nextafter(other, end)
             found.append(other)
     return [value for value in found if value > 0]

@@ -362,7 +362,7 @@ def _spec(shape, dtype, sparse: bool = False):
 
 
 def _one_line(error: Exception) -> str:
-    """An error's message without Keras's colours and its list of arguments."""
+    """An error's message without Keras's colors and its list of arguments."""
     text = re.sub(r"\x1b\[\d+m", "", str(error)).partition("Arguments received by")[0]
     kind = "" if isinstance(error, _UntraceableError) else f"{type(error).__name__}: "
     return kind + textwrap.shorten(text, 240, placeholder=" ...")

@@ -107,7 +107,7 @@ def plot_bars(names: Sequence[str], panels: Sequence[Bars], path: str | pathlib.
     """Draws a panel for each quantity, side by side, and in it a bar for each of what is compared.
 
     Args:
-        names: What is compared; the first one is drawn in grey, as what the others are compared with.
+        names: What is compared; the first one is drawn in gray, as what the others are compared with.
         panels: The quantities.
         path: Where the picture goes; its suffix (`.png`, `.svg`, `.pdf`) chooses the format.
 
@@ -210,8 +210,8 @@ def plot_front(
 
 _FEW = 8  # lines that can be told apart in one panel
 _WIDE = 20.0  # a ratio of values from which on a logarithmic axis shows more
-_DARK = 0.55  # the part of a colour map from which on text is white
-_OUTLIERS = 0.98  # the quantile from which on everything has the darkest colour
+_DARK = 0.55  # the part of a color map from which on text is white
+_OUTLIERS = 0.98  # the quantile from which on everything has the darkest color
 
 
 @dataclass(frozen=True)

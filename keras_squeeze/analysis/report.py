@@ -186,7 +186,7 @@ def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
     """Reports what a model holds and computes: parameters, zeros, bits, bytes and MACs of every layer.
 
     The model is only read. MACs are those of one inference with a batch of one, counted from the shapes that the
-    layers are called with; biases, activations, normalisations and products outside of layers are not counted,
+    layers are called with; biases, activations, normalizations and products outside of layers are not counted,
     and a layer inside a loop that TensorFlow runs counts once. Quantization by Keras to 4 bits is reported as it is
     stored, two values to a byte.
 

@@ -1,4 +1,4 @@
-"""The rules of normalisations: what their statistics are taken over decides what may go."""
+"""The rules of normalizations: what their statistics are taken over decides what may go."""
 
 import math
 from collections.abc import Callable
@@ -46,10 +46,10 @@ def layer_normalization(layer, inputs, graph):
     if not _is_over_channels(layer, x):
         return mixed(layer, inputs, graph)
     if not graph.inexact:
-        graph.freeze(x, f"{graph.path} normalises over it: its statistics would change (allow_inexact=True removes it)")
+        graph.freeze(x, f"{graph.path} normalizes over it: its statistics would change (allow_inexact=True removes it)")
     else:
         graph.inexact_layers.append(graph.path)
-        graph.require_constant(x, True, f"{graph.path} normalises over it, and it is not zero")
+        graph.require_constant(x, True, f"{graph.path} normalizes over it, and it is not zero")
     return _scaled_and_shifted(layer, x.unknown(), graph)
 
 
@@ -63,7 +63,7 @@ def rms_normalization(layer, inputs, graph):
     if not _is_over_channels(layer, x):
         return mixed(layer, inputs, graph)
     epsilon, count = layer.epsilon, len(x.ids)
-    graph.require_constant(x, True, f"{graph.path} normalises over it, and it is not zero")
+    graph.require_constant(x, True, f"{graph.path} normalizes over it, and it is not zero")
     graph.option(layer, "epsilon", x.ids, lambda kept: epsilon * count / int(np.count_nonzero(kept)))
     graph.rescale(layer.scale, x.ids, lambda kept: math.sqrt(count / int(np.count_nonzero(kept))))
     return _scaled_and_shifted(layer, x.with_constants(np.where(x.constants == 0, 0.0, np.nan)), graph)
@@ -81,7 +81,7 @@ def group_normalization(layer, inputs, graph):
     for place in range(1, size):
         graph.unite(by_group[:, 0], by_group[:, place])
     graph.option(layer, "groups", x.ids, lambda kept: int(np.count_nonzero(kept)) // size)
-    # Channels that are constant and equal to those of their group are normalised to zero.
+    # Channels that are constant and equal to those of their group are normalized to zero.
     constants = x.constants.reshape(groups, -1)
     same = np.all(constants == constants[:, :1], axis=1)
     return _scaled_and_shifted(layer, x.with_constants(np.repeat(np.where(same, 0.0, np.nan), size)), graph)
@@ -91,12 +91,12 @@ def group_normalization(layer, inputs, graph):
 def unit_normalization(layer, inputs, graph):
     """Zeros add nothing to a Euclidean norm."""
     (x,) = inputs
-    graph.require_constant(x, True, f"{graph.path} normalises over it, and it is not zero")
+    graph.require_constant(x, True, f"{graph.path} normalizes over it, and it is not zero")
     return x.with_constants(np.where(x.constants == 0, 0.0, np.nan))
 
 
 def _scaled_and_shifted(layer, x: Channels, graph) -> Channels:
-    """A normalisation's gamma and beta, after what it does to the values."""
+    """A normalization's gamma and beta, after what it does to the values."""
     constants = x.constants
     gamma = layer.gamma if hasattr(layer, "gamma") else layer.scale
     if gamma is not None:

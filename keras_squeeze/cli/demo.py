@@ -274,12 +274,12 @@ def _digits(seed: int):
 
 def _row(demo: Demo, name: str, model: keras.Model) -> dict:
     if any(isinstance(layer, QuantizeAware) for layer in model.layers):
-        artefact = finalize(model, activations="drop")
+        artifact = finalize(model, activations="drop")
     else:  # the optimizer's state does not ship
-        artefact = keras.models.clone_model(model)
-        artefact.set_weights(model.get_weights())
+        artifact = keras.models.clone_model(model)
+        artifact.set_weights(model.get_weights())
     path = demo.directory / f"{name}.keras"
-    artefact.save(path)
+    artifact.save(path)
     total = summarize(model).total
     shipped = export(model, demo.directory / f"{name}.tflite", calibration_data=demo.train[0])
     return {

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print(result) -> None:
-    """In the width and colours of a terminal; for a file or a pipe as plain text."""
+    """In the width and colors of a terminal; for a file or a pipe as plain text."""
     if not sys.stdout.isatty():
         print(result)
         return

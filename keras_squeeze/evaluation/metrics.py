@@ -49,7 +49,7 @@ def find_metric(model: keras.Model, names: Iterable[str], metric=None) -> tuple[
 def find_direction(model: keras.Model, name: str) -> str | None:
     """Which way a metric is better: as Keras marks it, else as Keras Tuner knows it by its name.
 
-    Keras Tuner alone would minimise an F1 score, R2 or a cosine similarity.
+    Keras Tuner alone would minimize an F1 score, R2 or a cosine similarity.
 
     Args:
         model: The compiled model.

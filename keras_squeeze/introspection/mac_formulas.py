@@ -4,7 +4,7 @@ Every formula takes the layer, the shapes of its tensor inputs (in the order of 
 masks left out) and the shapes of its outputs, and returns `{weight name: MACs}`. The shapes are those of a batch
 of one, yet their first axis is counted like any other: a model may fold words or windows into it. The name `""`
 holds products that no weight takes part in (attention scores). Only products are counted: no biases,
-activations, normalisations or pooling. Products with padding are counted, as every profiler does.
+activations, normalizations or pooling. Products with padding are counted, as every profiler does.
 """
 
 import math

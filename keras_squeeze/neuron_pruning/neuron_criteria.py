@@ -76,7 +76,7 @@ class L2(NeuronCriterion):
 
 @keras.saving.register_keras_serializable("keras_squeeze")
 class BatchNormScale(NeuronCriterion):
-    """|gamma| of the batch normalisation behind the neuron.
+    """|gamma| of the batch normalization behind the neuron.
 
     Reference: Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming",
         https://arxiv.org/abs/1708.06519
@@ -92,7 +92,7 @@ class BatchNormScale(NeuronCriterion):
         lacking = [group.name for group in neurons.groups if not found[group.neurons].all()]
         if lacking:
             raise ValueError(
-                f"Criterion 'batch_norm_scale' needs a normalisation with a scale behind every neuron. None behind: "
+                f"Criterion 'batch_norm_scale' needs a normalization with a scale behind every neuron. None behind: "
                 f"{', '.join(lacking)}. Leave these out with `layers=`, or use another criterion."
             )
         return scores

@@ -24,9 +24,9 @@ def shrink(model: keras.Model, *, compensate=None, allow_inexact: bool = False) 
     Args:
         model: A built Functional or Sequential model. It stays as it is.
         compensate: Data (inputs, `(x, y)`, or a dataset of batches) to make up for what is removed with: the mean of
-            what was pruned goes into the next bias, and batch normalisations measure their statistics anew. What the
+            what was pruned goes into the next bias, and batch normalizations measure their statistics anew. What the
             model predicts changes then: it comes nearer, in the mean square, to what it was before pruning. Compare
-            the metric: a classifier without batch normalisation may lose when much is removed at once. The first
+            the metric: a classifier without batch normalization may lose when much is removed at once. The first
             works for models that `prune_neurons` masked in this process and that were not trained since.
         allow_inexact: Remove masked neurons in front of a `LayerNormalization`, too, whose statistics change; what the
             model predicts changes with them.
@@ -55,7 +55,7 @@ def shrink(model: keras.Model, *, compensate=None, allow_inexact: bool = False) 
     check_reusable(compensate)
     if compensate is not None and not compensation.has_something(model):
         warnings.warn(
-            f"Model '{model.name}': nothing to compensate. It has no batch normalisation, and was not masked by "
+            f"Model '{model.name}': nothing to compensate. It has no batch normalization, and was not masked by "
             "`prune_neurons` in this process, or was trained since.",
             stacklevel=2,
         )

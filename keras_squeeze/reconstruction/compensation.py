@@ -1,7 +1,7 @@
 """Making up for removed neurons: their mean activation goes into the next bias, statistics are measured anew.
 
 What a layer reads of a removed neuron was not zero but had a mean; the rest of it is lost, the mean need not be
-(Molchanov et al. 2017 replace by zero; the mean is the constant with the least squared error). Batch normalisations
+(Molchanov et al. 2017 replace by zero; the mean is the constant with the least squared error). Batch normalizations
 then count again on what is left (Li et al. 2020, "EagleEye", https://arxiv.org/abs/2007.02491).
 """
 
@@ -90,7 +90,7 @@ def shifts(model: keras.Model, graph: ChannelGraph, kept: np.ndarray, data) -> l
 
 
 def recalibrate(model: keras.Model, data) -> None:
-    """Measures the statistics of batch normalisations anew: the average over all batches of the data."""
+    """Measures the statistics of batch normalizations anew: the average over all batches of the data."""
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     if not layers:
         return
@@ -110,8 +110,8 @@ def recalibrate(model: keras.Model, data) -> None:
 
 def has_something(model: keras.Model) -> bool:
     """Whether there is anything to make up for: what was masked is known, or there are statistics."""
-    normalised = any(isinstance(layer, keras.layers.BatchNormalization) for layer in model._flatten_layers())
-    return normalised or bool(_valid(model))
+    normalized = any(isinstance(layer, keras.layers.BatchNormalization) for layer in model._flatten_layers())
+    return normalized or bool(_valid(model))
 
 
 def _valid(model: keras.Model) -> list[tuple[Any, np.ndarray, np.ndarray]]:
@@ -138,7 +138,7 @@ def _unmasked(masked) -> list[tuple[Any, np.ndarray]]:
 
 @contextlib.contextmanager
 def _counting(layer: keras.layers.BatchNormalization) -> Iterator[None]:
-    """The layer normalises by the batch, and updates its statistics, although the model does not train."""
+    """The layer normalizes by the batch, and updates its statistics, although the model does not train."""
     call, momentum, trainable = layer.call, layer.momentum, layer.trainable
 
     def counting(inputs, *args, **kwargs):

@@ -82,7 +82,7 @@ class CompressionHyperModel(keras_tuner.HyperModel):
         return [f"val_{self.metric}", "size_bytes", "tflite_bytes", "packed_bytes", "macs", "energy_pj", *latency]
 
     def objective(self, *, forgiving: float | None = None, **budgets: float) -> keras_tuner.Objective:
-        """One number to maximise, for tuners that take one: the metric, and below all of that what breaks a budget.
+        """One number to maximize, for tuners that take one: the metric, and below all of that what breaks a budget.
 
         Args:
             forgiving: How many percent of the metric a model may lose for every halving of `size_bytes`: AutoQKeras's

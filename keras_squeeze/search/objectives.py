@@ -190,7 +190,7 @@ def goodness(value: float, direction: str) -> float:
 
 
 def score(metrics: Mapping[str, float], metric: str, direction: str, budgets: Budgets) -> float:
-    """One number to maximise, for searches with a single objective: the metric, inside hard budgets.
+    """One number to maximize, for searches with a single objective: the metric, inside hard budgets.
 
     Every model that keeps the budgets is above every one that does not, and of those the less they miss them the
     better, so that they still show the way.
@@ -202,7 +202,7 @@ def score(metrics: Mapping[str, float], metric: str, direction: str, budgets: Bu
         budgets: Limits to keep.
 
     Returns:
-        Inside the budgets the metric itself where it is a fraction to maximise, else a monotone function of it in
+        Inside the budgets the metric itself where it is a fraction to maximize, else a monotone function of it in
         [-1, 2]; outside `-1 - violation`. NaN where the metric is NaN.
 
     Raises:
@@ -228,7 +228,7 @@ def forgiving_score(
     """AutoQKeras's forgiving factor: a model may lose some of its metric for being smaller.
 
     The metric is multiplied by `1 + percent / 100 * log(reference_size / size) / log(rate)`, so that with the defaults
-    half the size makes up for 8 % of the accuracy. Of a metric to minimise, the same fraction is taken off.
+    half the size makes up for 8 % of the accuracy. Of a metric to minimize, the same fraction is taken off.
 
     Args:
         metrics: What was measured.
@@ -240,7 +240,7 @@ def forgiving_score(
         rate: The reduction that `percent` is for; above 1.
 
     Returns:
-        One number to maximise.
+        One number to maximize.
 
     Raises:
         ValueError: a metric is missing, or a number is out of range.

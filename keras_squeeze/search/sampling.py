@@ -159,7 +159,7 @@ def _key(hp) -> str:
 def _distribution(hp):
     """Smooth ones as a fraction of their scale, ordered ones by their place, others as a category.
 
-    Neighbours matter to a number even where it is a choice of a few, such as 8, 4, 2 or 1 bits: as places TPE learns
+    Neighbors matter to a number even where it is a choice of a few, such as 8, 4, 2 or 1 bits: as places TPE learns
     from one about the next, and unequal gaps do no harm.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution

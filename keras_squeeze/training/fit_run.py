@@ -148,7 +148,7 @@ class FitRun:
     the order of the list, and Keras may call them from another thread. So the run wraps the model's
     `train_function` for its duration.
 
-    Callbacks of one `fit` are recognised by `params`, the one dictionary that Keras hands to all of them.
+    Callbacks of one `fit` are recognized by `params`, the one dictionary that Keras hands to all of them.
     """
 
     _runs: ClassVar[weakref.WeakValueDictionary] = weakref.WeakValueDictionary()  # by the identity of `params`

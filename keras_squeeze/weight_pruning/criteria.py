@@ -176,7 +176,7 @@ def loss_gradients(
 ) -> list[np.ndarray]:
     """The gradient of a compiled model's loss with respect to variables, averaged over batches of `data`.
 
-    The model runs in inference mode: no dropout, and batch normalisation neither uses nor updates batch
+    The model runs in inference mode: no dropout, and batch normalization neither uses nor updates batch
     statistics.
 
     Args:

@@ -11,7 +11,7 @@ from keras_squeeze.training.mask_constraint import MaskConstraint, attach_masks,
 class KeepSparsity(CompressionCallback):
     """Holds the zeros that are in a model while it trains on: fine-tuning, or quantizing a pruned model.
 
-    The zeros are found when `fit` begins. A weight that is zero altogether (a zero-initialised kernel) is left
+    The zeros are found when `fit` begins. A weight that is zero altogether (a zero-initialized kernel) is left
     to train.
 
     Args:

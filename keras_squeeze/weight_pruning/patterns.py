@@ -147,7 +147,7 @@ class Blocks(Pattern):
     """Whole blocks along the last axes are zero or not; blocks at the border may be smaller.
 
     Args:
-        shape: Block size along the last axes: `(1, 4)` is four neighbouring outputs of one input.
+        shape: Block size along the last axes: `(1, 4)` is four neighboring outputs of one input.
         pooling: `"mean"` or `"max"` of a block's scores is the block's score.
     """
 
