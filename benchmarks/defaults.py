@@ -207,12 +207,12 @@ def describe(plan: Plan, techniques: Sequence[str], rows: Rows) -> str:
     """Returns all tables that the rows are enough for."""
     parts, bars = [], []
     for technique in techniques:
-        cells = plan.cells(technique, plan.lengths)
         title = {"weights": "Weights", "neurons": "Neurons"}[technique]
         screened = screening_table(rows, plan.factors(technique), plan.cells(technique))
         parts += [f"### {title}: one factor at a time, {plan.lengths[0]} steps", screened]
         named = plan.finalists(technique, rows)
-        if len(named) > 1:
+        cells = [cell for cell in plan.cells(technique, plan.lengths) if rows.is_in_final(named.values(), cell)]
+        if cells:
             parts += [
                 f"### {title}: the default and the leading five",
                 finalists_table(rows, named, cells, plan.seeds),

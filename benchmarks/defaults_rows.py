@@ -67,6 +67,10 @@ class Rows:
         points = [self.lost(settings, cell, seed) for cell in cells for seed in seeds]
         return [lost for lost in points if lost is not None and not math.isnan(lost)]
 
+    def is_in_final(self, finalists: Iterable[Settings], cell: Cell) -> bool:
+        """Returns whether all finalists were trained in a cell with a second seed, which only the final does."""
+        return all(self.get(settings, cell, 1) is not None for settings in finalists)
+
     def not_applicable(self, settings: Settings, cells: Sequence[Cell]) -> list[str]:
         """Returns the networks on which the settings raised an error."""
         failed = [cell.network for cell in cells if math.isnan(self.lost(settings, cell) or 0.0)]

@@ -249,7 +249,7 @@ _CRITERIA: dict[str, Callable[[], NeuronCriterion]] = {
 
 BEST_WITHOUT_DATA = GeometricMedian
 """What `"auto"` is where there is nothing to take gradients on: of the criteria that fit every model and need no data,
-the one that loses least in `benchmarks/defaults.py`."""
+the one that loses least where every layer loses the same share (`benchmarks/neuron_criteria.py`)."""
 
 
 def automatic(model: keras.Model, data) -> NeuronCriterion:

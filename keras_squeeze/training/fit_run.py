@@ -1,4 +1,4 @@
-"""What every compression callback shares: the run of `fit`, its clock, its logs, and the callbacks beside it."""
+"""Base class of the compression callbacks, and the run of `fit` that they share: clock, logs, training step."""
 
 import pathlib
 import warnings
@@ -39,7 +39,7 @@ class CompressionCallback(keras.callbacks.Callback, ABC):
 
     @abstractmethod
     def attach(self, model: keras.Model, optimizer, total_steps: int | None = None) -> None:
-        """Checks everything and takes hold of the model, whose weights stay as they are.
+        """Checks all arguments and attaches to the model. Weights are not modified.
 
         Args:
             model: A built model.
@@ -49,25 +49,25 @@ class CompressionCallback(keras.callbacks.Callback, ABC):
 
     @abstractmethod
     def update(self, step: int) -> None:
-        """Does what is due after `step` optimizer steps, counted from `attach`. Cheap where nothing is."""
+        """Makes the updates due after `step` optimizer steps, counted from `attach`; cheap if there are none."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Lets go of the model, whose weights stay as they are."""
+        """Detaches from the model. Weights are not modified."""
 
     @property
     @abstractmethod
     def next_update(self) -> int | None:
-        """The step at which `update` has something to do; None when all is done."""
+        """Step of the next update; None after the last."""
 
     @property
     @abstractmethod
     def reached(self) -> bool:
-        """Whether the target is reached."""
+        """Returns whether the target is reached."""
 
     @abstractmethod
     def progress(self) -> dict[str, dict[Hashable, tuple[int, int]]]:
-        """What goes to `logs`: name -> {what is compressed: (part, whole)}.
+        """Returns the values for `logs`: name -> {what is compressed: (part, whole)}.
 
         Callbacks of one `fit` are added up; where two compress the same thing, the larger part counts, since what one
         has compressed the other counts in.
@@ -92,12 +92,12 @@ class CompressionCallback(keras.callbacks.Callback, ABC):
             warn_of_ignored(model, self._statistics.ignored)
 
     def note_change(self, step: int) -> None:
-        """Tells the statistics of a change that was due at a step."""
+        """Notifies the statistics of a change that was due at a step."""
         if self._statistics is not None:
             self._statistics.note_change(step)
 
     def release_statistics(self) -> None:
-        """Gives batch normalization its own momentum back."""
+        """Restores the momentum of batch normalization."""
         if self._statistics is not None:
             self._statistics.detach()
             self._statistics = None
@@ -118,7 +118,7 @@ class CompressionCallback(keras.callbacks.Callback, ABC):
             )
 
     def origin(self, optimizer) -> int:
-        """The optimizer's count at step 0."""
+        """Returns the optimizer's count at step 0."""
         if self._run is not None:
             return self._run.origin
         return int(keras.ops.convert_to_numpy(optimizer.iterations))
@@ -181,7 +181,7 @@ class FitRun:
 
     @staticmethod
     def of(callback: keras.callbacks.Callback) -> "FitRun | None":
-        """The run that any callback of a `fit` belongs to; None where nothing is compressed."""
+        """Returns the run that a callback of `fit` belongs to; None if nothing is compressed."""
         return FitRun._runs.get(id(callback.params))
 
     @property
@@ -191,17 +191,17 @@ class FitRun:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Optimizer steps of an epoch; None where that is not known, or not whole."""
+        """Returns the optimizer steps of an epoch; None if unknown or not a whole number."""
         steps = self._params.get("steps")
         return steps // self._accumulation if steps and steps % self._accumulation == 0 else None
 
     @property
     def reached(self) -> bool:
-        """Whether every callback has reached its target."""
+        """Returns whether every callback has reached its target."""
         return self._started and all(callback.reached for callback in self.callbacks)
 
     def start(self, epoch: int) -> None:
-        """Sets the clock and attaches the callbacks, at the first epoch: by then weights are restored."""
+        """Sets the clock and attaches the callbacks at the first epoch, when weights are already restored."""
         if self._started:
             return
         total_steps = self._set_clock(epoch)
@@ -216,7 +216,7 @@ class FitRun:
         self._warn_of_early_picks()
 
     def catch_up(self) -> None:
-        """Reads the clock and does what is due."""
+        """Reads the clock and makes the updates that are due."""
         self._step = self._iterations() - self._origin
         self._batches = 0
         self._update_all()
@@ -227,7 +227,7 @@ class FitRun:
             callback.update(self._step)
 
     def logs(self) -> dict[str, float]:
-        """The fraction that is done, by name."""
+        """Returns the compressed fraction by name."""
         if self._logs is None:
             self._logs = self._sum_up()
         return self._logs
@@ -241,7 +241,7 @@ class FitRun:
         return {name: sum_fractions(parts) for name, parts in found.items()}
 
     def note_validation(self, epoch: int, logs: Mapping[str, float] | None) -> None:
-        """Keeps the metrics of validation from before the first change, else of the first epoch; and the last ones."""
+        """Keeps the validation metrics from before the first change (or of the first epoch) and the latest ones."""
         metrics = {name: value for name, value in (logs or {}).items() if name.startswith("val_")}
         if not metrics:
             return
@@ -259,11 +259,11 @@ class FitRun:
         return f"{name} {', '.join(parts)}"
 
     def trace_anew(self) -> None:
-        """Traces the training step again before the next one runs: what a callback changed is not in the graph."""
+        """Retraces the training step before the next one runs, since the graph lacks what a callback changed."""
         self._make_train_function(force=True)
 
     def leave(self, callback: CompressionCallback) -> None:
-        """Ends a callback's part; the last one gives the model its own training step back."""
+        """Removes a callback; the last one restores the model's training step."""
         if self._started:
             verbose = bool(self._params.get("verbose", 1))
             callback.finish(self._iterations() - self._origin, verbose)
@@ -325,7 +325,7 @@ class FitRun:
         return running is not None and any(callback in running.callbacks for callback in self.callbacks)
 
     def _abandon(self) -> None:
-        """Lets go of the model where `fit` will not do it."""
+        """Detaches from the model if `fit` will not do it."""
         for callback in self.callbacks:
             callback.detach()
             callback._run = None
@@ -402,5 +402,5 @@ class FitRun:
 
 
 def sum_fractions(parts: Mapping[Hashable, tuple[int, int]]) -> float:
-    """The sum of the parts over the sum of the wholes."""
+    """Returns the sum of the parts over the sum of the wholes."""
     return sum(part for part, _ in parts.values()) / max(sum(whole for _, whole in parts.values()), 1)

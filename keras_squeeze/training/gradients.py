@@ -1,4 +1,4 @@
-"""Gradients that the optimizer gets, observed in the compiled training step on the batches that the model trains on."""
+"""Observers of the gradients that the optimizer gets, inside the compiled training step."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ BATCHES = 8
 
 
 class GradientObserver(ABC):
-    """Base class: sees every gradient that reaches an optimizer, unscaled, and keeps what a subclass makes of it.
+    """Base class: receives every unscaled gradient that reaches an optimizer; subclasses accumulate statistics of it.
 
     Only the batches just before an update are recorded, so that the other steps cost nothing. Under a distribution
     strategy the batch of a replica is a batch. The training step must be traced after this is made.
@@ -49,33 +49,33 @@ class GradientObserver(ABC):
 
     @abstractmethod
     def _clear(self) -> None:
-        """Sets what `_record` adds to back to zero."""
+        """Resets the accumulators of `_record` to zero."""
 
     @property
     def batches_per_step(self) -> int:
-        """Batches that the optimizer accumulates for a step."""
+        """Returns the batches that the optimizer accumulates for a step."""
         return getattr(self._optimizer, "gradient_accumulation_steps", None) or 1
 
     @property
     def batches(self) -> int:
-        """Batches recorded since the last `forget`."""
+        """Returns the batches recorded since the last `forget`."""
         return round(float(self._batches.numpy()))
 
     def forget(self) -> None:
-        """Begins anew."""
+        """Discards everything recorded."""
         self._batches.assign(0.0)
         self._clear()
 
     def record_from(self, count: int) -> None:
-        """Records batches once the optimizer has made so many steps."""
+        """Starts recording when the optimizer reaches a count of steps."""
         self._from_count.assign(count)
 
     def detach(self) -> None:
-        """Ends the observation; what was recorded can still be read."""
+        """Stops observing; recorded values remain readable."""
         self._call.release(self)
 
     def see(self, gradients: Sequence, variables: Sequence[keras.Variable]) -> None:
-        """Records a batch in the training step if its time has come."""
+        """Records a batch, in the training step, if recording has started."""
         import tensorflow as tf
 
         of_interest = {
@@ -165,7 +165,7 @@ Observer = TypeVar("Observer", bound=GradientObserver)
 
 
 class GradientWindow(Generic[Observer]):
-    """Says when an observer records, and when an update may use what it has recorded.
+    """Decides when an observer records and when an update may use the recorded gradients.
 
     An update uses the last `BATCHES` batches before it. They are of one epoch, so that a run which is resumed at an
     epoch sees the same: an update that is due within the first batches of an epoch waits for as many as it needs.
@@ -203,12 +203,12 @@ class GradientWindow(Generic[Observer]):
         self.observer.record_from(self._origin + max(step - self._steps, previous or 0))
 
     def begin_epoch(self) -> None:
-        """Forgets the batches of the epoch before."""
+        """Discards the batches of the previous epoch."""
         self._closing = False
         self.observer.forget()
 
     def end_epoch(self) -> None:
-        """Lets an update that waits use what there is: no more batches come."""
+        """Allows a waiting update to use the available batches, since no more will come."""
         self._closing = True
 
     @property
@@ -228,7 +228,7 @@ class GradientWindow(Generic[Observer]):
 
 
 class _ObservedApply:
-    """Stands in for the `apply` of one optimizer while observers see its gradients."""
+    """Replaces the `apply` of one optimizer while observers receive its gradients."""
 
     def __init__(self, optimizer):
         self._optimizer = optimizer
@@ -259,7 +259,7 @@ class _ObservedApply:
 
 
 def _counter(value):
-    """A variable that every replica adds to by itself; what is read is the sum over replicas."""
+    """Creates a variable that every replica adds to separately; its value is the sum over replicas."""
     import tensorflow as tf
 
     return tf.Variable(

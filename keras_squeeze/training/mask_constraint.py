@@ -1,4 +1,4 @@
-"""What keeps zeros exactly zero: a mask as the constraint of a weight variable.
+"""`MaskConstraint`: keeps pruned weights exactly zero, as the constraint of a weight variable.
 
 Every Keras optimizer applies a variable's constraint inside the compiled training step, right after the update.
 So the model stays the plain model that the user built, its forward pass costs nothing extra, and a checkpoint
@@ -33,7 +33,7 @@ class MaskConstraint(keras.constraints.Constraint):
         return self._masked(value if self.inner is None else self.inner(value))
 
     def apply(self, mask: np.ndarray) -> None:
-        """Changes the mask, and the variable with it."""
+        """Sets the mask and applies it to the variable."""
         self.mask.value.assign(mask)
         for variable in (self.variable, self.average):
             if variable is not None:
@@ -52,7 +52,7 @@ def assign_masked(variable: keras.Variable, mask: np.ndarray) -> None:
 
 
 def attach_masks(variables: Iterable[keras.Variable], model, optimizer, owner: object) -> list[MaskConstraint]:
-    """Puts a mask, all True, on every variable.
+    """Attaches a mask, all True, to every variable.
 
     Args:
         variables: Weights of `model`.
@@ -73,7 +73,7 @@ def attach_masks(variables: Iterable[keras.Variable], model, optimizer, owner: o
 
 
 def detach_masks(constraints: Iterable[MaskConstraint]) -> None:
-    """Takes masks off again; the constraints that were there before are back."""
+    """Removes masks and restores the previous constraints."""
     for constraint in constraints:
         _drop(constraint.variable, lambda other, mine=constraint: other is mine)
 
@@ -93,7 +93,7 @@ def _drop(variable: keras.Variable, unwanted) -> None:
 
 
 def _moving_averages(model, optimizer) -> dict[int, keras.Variable]:
-    """The optimizer's moving average of each trainable variable, by the variable's id."""
+    """Returns the optimizer's moving average of each trainable variable, by the variable's id."""
     if optimizer is None:
         return {}
     inner = getattr(optimizer, "inner_optimizer", optimizer)

@@ -21,7 +21,7 @@ STEPS_NEEDED = 2 * WINDOW
 
 @dataclass(frozen=True)
 class Change:
-    """A time in which a network changes, in optimizer steps.
+    """Period during which a network changes, in optimizer steps.
 
     Attributes:
         begin: The step of the first change.
@@ -103,7 +103,7 @@ class MovingStatistics:
             self._last_jump.assign(step)
 
     def detach(self) -> None:
-        """Gives every layer its own momentum back."""
+        """Restores the momentum of every layer."""
         for call in self._calls:
             call.followers.remove(self)
             call.release()
@@ -111,7 +111,7 @@ class MovingStatistics:
 
 
 def warn_of_ignored(model: keras.Model, ignored: Sequence[tuple[str, str]]) -> None:
-    """Says which layers have moving statistics that do not follow."""
+    """Warns of layers whose moving statistics do not follow."""
     if ignored:
         warnings.warn(
             f"Model '{model.name}': moving statistics that do not follow the changes of the network: "
