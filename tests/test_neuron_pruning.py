@@ -194,7 +194,7 @@ def test_every_criterion(digits, name, allocation):
 
 
 @pytest.mark.parametrize(
-    ("with_data", "criterion", "allocation"), [(True, "taylor", "global"), (False, "geometric_median", "uniform")]
+    ("with_data", "criterion", "allocation"), [(True, "taylor", "global"), (False, "l1", "uniform")]
 )
 def test_what_auto_is_in_one_shot(digits, with_data, criterion, allocation):
     options = {"data": (digits[0][:256], digits[1][:256])} if with_data else {}

@@ -417,7 +417,7 @@ def test_damage_is_repaired_or_named(tmp_path):
         ({"objectives": [kt.Objective("val_psnr", "up")]}, ValueError, "direction"),
         ({"max_trials": 0}, ValueError, "max_trials"),
         ({"max_trials": None}, ValueError, "max_trials"),
-        ({"sampler": "grid"}, ValueError, "tpe, nsga2, random"),
+        ({"sampler": "grid"}, ValueError, "'tpe', 'nsga2', 'random'"),
         ({"budgets": {"size_bytes": 3}}, ValueError, "max_<metric>"),
     ],
 )

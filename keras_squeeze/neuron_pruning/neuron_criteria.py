@@ -247,9 +247,10 @@ _CRITERIA: dict[str, Callable[[], NeuronCriterion]] = {
 }
 
 
-BEST_WITHOUT_DATA = GeometricMedian
+BEST_WITHOUT_DATA = L1
 """What `"auto"` is where there is nothing to take gradients on: of the criteria that fit every model and need no data,
-the one that loses least where every layer loses the same share (`benchmarks/neuron_criteria.py`)."""
+one of the two that lose least in `benchmarks/neuron_criteria.py`. The other, the geometric median, is within its noise,
+and may keep a neuron whose weights are nearly zero."""
 
 
 def automatic(model: keras.Model, data) -> NeuronCriterion:
