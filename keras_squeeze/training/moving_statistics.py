@@ -9,8 +9,8 @@ from keras import ops
 
 from keras_squeeze.training.batch_norm import StatisticsCall, find_batch_norms
 
-WINDOW = 10
-"""Training steps that the moving statistics average over while masks or bits change: a momentum of 0.9."""
+WINDOW = 5
+"""Training steps that the moving statistics average over while masks or bits change: a momentum of 0.8."""
 
 SLOWNESS = 16.0
 """Steps after the last change that lengthen the average by one."""
@@ -36,7 +36,7 @@ class Change:
     @property
     def jumps(self) -> bool:
         """Whether changes are so far apart that each is a large one: the statistics then begin anew at each."""
-        return self.interval >= WINDOW // 2
+        return self.interval >= WINDOW
 
     def update_rate(self, step):
         """Share of a batch's statistics in the moving ones at a step: 0 before `begin`, where the layer's own applies.
@@ -53,7 +53,7 @@ class MovingStatistics:
     """Makes the moving statistics of a model's batch normalization follow changes of the network.
 
     A momentum of 0.99 averages over the last hundred steps, and a short run has fewer: `evaluate` would see the
-    statistics of a network that is gone. Where this is attached, a layer's momentum is at most 0.9 while the network
+    statistics of a network that is gone. Where this is attached, a layer's momentum is at most 0.8 while the network
     changes, and from the last change on it rises to the layer's own. Where changes are far apart, and so large, it is 0
     at the first step after each and then that of the mean of the steps since. It is computed in the training step, from
     the optimizer's count. Layers that are frozen, or that Keras calls in inference mode, keep their statistics.

@@ -51,7 +51,7 @@ class MagnitudePruning(CompressionCallback):
             before each update, unless there is `data`.
         data: For gradient criteria: `(x, y)` arrays or a `tf.data.Dataset` of batches to take gradients on instead.
 
-    While masks move, the moving statistics of batch normalization follow with a momentum of at most 0.9; the layers'
+    While masks move, the moving statistics of batch normalization follow with a momentum of at most 0.8; the layers'
     own comes back after the last update (see `keras_squeeze.training.moving_statistics`).
 
     Raises:
