@@ -329,9 +329,9 @@ def get(identifier) -> Schedule:
     if isinstance(identifier, Schedule):
         return identifier
     if isinstance(identifier, dict):
-        found = keras.saving.deserialize_keras_object(identifier)
-        if isinstance(found, Schedule):
-            return found
+        schedule = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(schedule, Schedule):
+            return schedule
     if isinstance(identifier, numbers.Real) and not isinstance(identifier, bool):
         return PolynomialDecay(checks.fraction("sparsity", identifier))
     if _is_tfmot_schedule(identifier):

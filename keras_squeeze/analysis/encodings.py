@@ -191,11 +191,11 @@ def _from_grid(encoded: Encoded, shape, dtype, where, streams: Iterator[bytes]) 
     kept = [length if axis - len(shape) in axes else 1 for axis, length in enumerate(shape)]
     scales = _from_planes(streams, math.prod(kept), dtype).reshape(kept)
     codes = _unpacked(streams, encoded.count, encoded.base)
-    each = np.broadcast_to(scales, shape).reshape(-1) if axes else scales.reshape(-1)
+    scale_of_value = np.broadcast_to(scales, shape).reshape(-1) if axes else scales.reshape(-1)
     if axes and where is not None:
-        each = each[where]
+        scale_of_value = scale_of_value[where]
     with np.errstate(over="ignore"):  # of damaged scales
-        return (codes.astype("int64") * encoded.step + encoded.low).astype(dtype) * each
+        return (codes.astype("int64") * encoded.step + encoded.low).astype(dtype) * scale_of_value
 
 
 def _planes(values: np.ndarray) -> tuple[bytes, ...]:
@@ -206,8 +206,8 @@ def _planes(values: np.ndarray) -> tuple[bytes, ...]:
 
 def _from_planes(streams: Iterator[bytes], count: int, dtype: np.dtype) -> np.ndarray:
     rows = np.empty((count, dtype.itemsize), "uint8")
-    for place in range(dtype.itemsize):
-        rows[:, place] = np.frombuffer(_plain(streams, count), "uint8")
+    for byte in range(dtype.itemsize):
+        rows[:, byte] = np.frombuffer(_plain(streams, count), "uint8")
     return rows.reshape(-1).view(dtype)
 
 

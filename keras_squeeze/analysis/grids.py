@@ -60,10 +60,10 @@ def find_grid(values: np.ndarray) -> Grid | None:
             continue
         bits = 1
         for channel in channels:
-            found = _bits(channel)
-            if found is None:
+            channel_bits = _bits(channel)
+            if channel_bits is None:
                 break
-            bits = max(bits, found)
+            bits = max(bits, channel_bits)
         else:
             return Grid(bits, values, len(channels))
     return _fine_grid(values)
@@ -71,10 +71,10 @@ def find_grid(values: np.ndarray) -> Grid | None:
 
 def _fine_grid(values: np.ndarray) -> Grid | None:
     """The grid of 9 to 16 bits that float32 values are on."""
-    found = find_integers(values) if values.dtype == np.float32 else None
-    if found is None:
+    exact = find_integers(values) if values.dtype == np.float32 else None
+    if exact is None:
         return None
-    integers, scales, _ = found
+    integers, scales, _ = exact
     return Grid(int(np.abs(integers).max()).bit_length() + 1, values, scales.size)
 
 
@@ -90,13 +90,13 @@ def _bits(channel: np.ndarray) -> int | None:
         return None
     gaps = np.diff(magnitudes) if magnitudes[0] == 0 else np.diff(magnitudes, prepend=0)
     steps = [float(gaps.min())] + [largest / (2 ** (bits - 1) - 1) for bits in range(2, _MOST_BITS + 1)]
-    found = []
+    candidates = []
     for step in steps:
         integers = magnitudes / step
         if np.abs(integers - np.round(integers)).max() <= _TOLERANCE:
             high = round(largest / step)
-            found.append(max(2, high.bit_length() + 1))
-    return min((bits for bits in found if bits <= _MOST_BITS), default=None)
+            candidates.append(max(2, high.bit_length() + 1))
+    return min((bits for bits in candidates if bits <= _MOST_BITS), default=None)
 
 
 def find_integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]] | None:
@@ -125,14 +125,14 @@ def find_integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int
 def _exact_scales(channels: np.ndarray) -> np.ndarray | None:
     scales = np.ones(len(channels), "float32")
     last = None
-    for place, channel in enumerate(channels):
+    for index, channel in enumerate(channels):
         magnitudes = np.abs(channel[channel != 0])
         if not magnitudes.size:
             continue
-        found = _exact_scale(magnitudes, last)
-        if found is None:
+        exact = _exact_scale(magnitudes, last)
+        if exact is None:
             return None
-        scales[place], last = found
+        scales[index], last = exact
     return scales
 
 
@@ -168,10 +168,10 @@ def _exact_scale(magnitudes: np.ndarray, first: int | None) -> tuple[np.float32,
 
 def _neighbors(scale: np.float32) -> list[np.float32]:
     """A float and those next to it, for the quotient was rounded."""
-    found = [scale]
+    scales = [scale]
     for end in (np.float32(np.inf), np.float32(0)):
         other = scale
         for _ in range(_NEIGHBORS):
             other = np.nextafter(other, end)
-            found.append(other)
-    return [value for value in found if value > 0]
+            scales.append(other)
+    return [value for value in scales if value > 0]

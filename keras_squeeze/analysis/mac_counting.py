@@ -125,28 +125,28 @@ def _trace(model, layers, example: _Example) -> dict[int, list[tuple[list, list]
                 _keep_batch(member)
         for layer in layers:
             _record(layer, calls[id(layer)])
-        for wrapper, found in zip(wrappers, calls_of_wrappers, strict=True):
-            _record(wrapper, found)
+        for wrapper, wrapper_calls in zip(wrappers, calls_of_wrappers, strict=True):
+            _record(wrapper, wrapper_calls)
 
         @tf.function(autograph=False)  # as Keras itself traces
         def inference(args, kwargs):
             model(*args, training=False, **kwargs)
 
         inference.get_concrete_function(example.args, example.kwargs)
-    for wrapper, found in zip(wrappers, calls_of_wrappers, strict=True):
+    for wrapper, wrapper_calls in zip(wrappers, calls_of_wrappers, strict=True):
         if not calls[id(wrapper.layer)]:  # the wrapper computes for it
-            calls[id(wrapper.layer)] = found
+            calls[id(wrapper.layer)] = wrapper_calls
     return calls
 
 
 @contextlib.contextmanager
 def _left_as_found(layers) -> Iterator[None]:
     """Gives layers their attributes and losses back; a call clears losses, and may cache graph tensors."""
-    found = [(layer, dict(vars(layer)), list(layer._losses), set(layer._loss_ids)) for layer in layers]
+    states = [(layer, dict(vars(layer)), list(layer._losses), set(layer._loss_ids)) for layer in layers]
     try:
         yield
     finally:
-        for layer, attributes, losses, loss_ids in found:
+        for layer, attributes, losses, loss_ids in states:
             # Past Keras's attribute tracking, which would take these for new attributes.
             for name in vars(layer).keys() - attributes.keys():
                 del vars(layer)[name]
@@ -242,14 +242,15 @@ def _symbolic_example(structure, shapes) -> _Example:
     tensors = keras.tree.flatten(structure)
     batch = next((tensor.shape[0] for tensor in tensors if tensor.shape and tensor.shape[0]), 1)
     names = _input_names(structure, tensors)
-    known = {name: tuple(tensor.shape[1:]) for name, tensor in zip(names, tensors, strict=True)}
+    shapes_by_name = {name: tuple(tensor.shape[1:]) for name, tensor in zip(names, tensors, strict=True)}
     if shapes is not None:
-        known = _given_shapes(known, shapes)
-    for name, shape in known.items():
+        shapes_by_name = _given_shapes(shapes_by_name, shapes)
+    for name, shape in shapes_by_name.items():
         if None in shape:
             raise _UntraceableError(f"input '{name}' has shape {shape}, and the MACs depend on it. {_GIVE_SHAPE}")
     specs = [
-        _spec((batch, *known[name]), tensor.dtype, tensor.sparse) for name, tensor in zip(names, tensors, strict=True)
+        _spec((batch, *shapes_by_name[name]), tensor.dtype, tensor.sparse)
+        for name, tensor in zip(names, tensors, strict=True)
     ]
     return _Example((keras.tree.pack_sequence_as(structure, specs),), {}, batch)
 
@@ -261,14 +262,18 @@ def _input_names(structure, tensors) -> list[str]:
 
 def _given_shapes(known: dict[str, tuple], shapes) -> dict[str, tuple]:
     """The user's shapes by input name, checked against what the model says."""
-    given: Any = [shapes] if _is_shape(shapes) else shapes
-    if not isinstance(given, dict) and len(given) == len(known):
-        given = dict(zip(known, given, strict=True))
+    example_shapes: Any = [shapes] if _is_shape(shapes) else shapes
+    if not isinstance(example_shapes, dict) and len(example_shapes) == len(known):
+        example_shapes = dict(zip(known, example_shapes, strict=True))
     fits = (
-        isinstance(given, dict)
-        and given.keys() == known.keys()
-        and all(_is_shape(given[name]) and len(given[name]) == len(shape) for name, shape in known.items())
-        and all(size in (None, new) for name in known for size, new in zip(known[name], given[name], strict=True))
+        isinstance(example_shapes, dict)
+        and example_shapes.keys() == known.keys()
+        and all(
+            _is_shape(example_shapes[name]) and len(example_shapes[name]) == len(shape) for name, shape in known.items()
+        )
+        and all(
+            size in (None, new) for name in known for size, new in zip(known[name], example_shapes[name], strict=True)
+        )
     )
     if not fits:
         expected = ", ".join(f"'{name}': {shape}" for name, shape in known.items())
@@ -276,7 +281,7 @@ def _given_shapes(known: dict[str, tuple], shapes) -> dict[str, tuple]:
             f"`input_shape` does not fit this model's inputs, which are, without the batch: {expected}. Received: "
             f"input_shape={shapes!r}"
         )
-    return given
+    return example_shapes
 
 
 def _recorded_arguments(model):
@@ -343,9 +348,9 @@ def _map_shapes(function, shapes):
 
 
 def _flat_shapes(shapes) -> list[tuple]:
-    found: list[tuple] = []
-    _map_shapes(found.append, shapes)
-    return found
+    flat: list[tuple] = []
+    _map_shapes(flat.append, shapes)
+    return flat
 
 
 def _specs(shapes, batch: int, dtype):
@@ -364,5 +369,5 @@ def _spec(shape, dtype, sparse: bool = False):
 def _one_line(error: Exception) -> str:
     """An error's message without Keras's colors and its list of arguments."""
     text = re.sub(r"\x1b\[\d+m", "", str(error)).partition("Arguments received by")[0]
-    kind = "" if isinstance(error, _UntraceableError) else f"{type(error).__name__}: "
-    return kind + textwrap.shorten(text, 240, placeholder=" ...")
+    prefix = "" if isinstance(error, _UntraceableError) else f"{type(error).__name__}: "
+    return prefix + textwrap.shorten(text, 240, placeholder=" ...")

@@ -74,8 +74,8 @@ def plot_widths(widths: Mapping[str, tuple[int, int]], path: str | pathlib.Path)
     axes = figure.subplots()
     axes.barh(places, before, color="lightgrey", label="before")
     axes.barh(places, after, color="tab:blue", label="after")
-    for place, wide, narrow in zip(places, before, after, strict=True):
-        axes.annotate(f" {wide} → {narrow}" if narrow < wide else f" {wide}", (wide, place), va="center")
+    for y, wide, narrow in zip(places, before, after, strict=True):
+        axes.annotate(f" {wide} → {narrow}" if narrow < wide else f" {wide}", (wide, y), va="center")
     axes.set_yticks(places, labels=list(widths))
     axes.invert_yaxis()
     axes.margins(x=0.15)
@@ -125,8 +125,8 @@ def plot_bars(names: Sequence[str], panels: Sequence[Bars], path: str | pathlib.
         if panel.spread:
             ends = [max(value, high) for value, (_, high) in zip(values, panel.spread, strict=True)]
             axes.hlines(places, *zip(*panel.spread, strict=True), color="black", linewidth=1)
-        for place, (end, label) in enumerate(zip(ends, panel.labels, strict=True)):
-            axes.annotate(f" {label}", (max(end, 0), place), va="center", fontsize=9)
+        for y, (end, label) in enumerate(zip(ends, panel.labels, strict=True)):
+            axes.annotate(f" {label}", (max(end, 0), y), va="center", fontsize=9)
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlim(min(0, *values), 1.75 * max(*ends, 0) or 1)
         axes.set_xticks([])
@@ -273,7 +273,7 @@ def _draw_lines(names, panels: Sequence[Falls], title: str, base: float, text: C
 
     figure = Figure(figsize=(1 + 3.6 * len(panels), 3.9 + 0.12 * len(names)), layout="constrained")
     colors = ["black", *(f"C{index}" for index in range(len(names) - 1))]
-    found = [score for panel in panels for scores in panel.scores.values() for score in scores]
+    all_scores = [score for panel in panels for scores in panel.scores.values() for score in scores]
     for panel, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True):
         places = list(panel.values) if panel.begins_at_zero else list(range(1, len(panel.values) + 1))
         for name, color in reversed(list(zip(names, colors, strict=True))):
@@ -289,7 +289,7 @@ def _draw_lines(names, panels: Sequence[Falls], title: str, base: float, text: C
         axes.set_xlabel(panel.title)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if min(base, *found) > 0 and max(found) > _WIDE * base:
+        if min(base, *all_scores) > 0 and max(all_scores) > _WIDE * base:
             axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     figure.axes[0].set_ylabel(title)

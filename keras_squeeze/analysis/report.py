@@ -212,7 +212,7 @@ def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
     report.total.sparsity, report.total.macs
     ```
     """
-    found = find_layers(model)
+    selection = find_layers(model)
     members = list(layers_with_own_weights(model))
     count = count_macs(model, [(path, layer) for path, layer, _ in members], input_shape)
     grids, activation_bits = grids_of(model), _activation_bits(model)
@@ -230,7 +230,9 @@ def summarize(model: keras.Model, *, input_shape=None) -> CompressionReport:
         kernels = {name: stored[id(weight)] for name, weight in _kernels(layer) if id(weight) in stored}
         macs = None if count.by_layer is None else count.by_layer.get(id(layer), {})
         layers.append(_layer_report(path, type(layer).__name__, weights, new, kernels, macs, activation_bits))
-    return CompressionReport(model.name, layers, _total(layers), list(found.skipped), notes=_notes(found, count))
+    return CompressionReport(
+        model.name, layers, _total(layers), list(selection.skipped), notes=_notes(selection, count)
+    )
 
 
 def layers_with_own_weights(model) -> Iterator[tuple[str, keras.Layer, list[Variable]]]:
@@ -327,23 +329,23 @@ def register_activation_bits(layer_class: type, bits: Callable[[Any], int | None
 
 def _activation_bits(model) -> int | None:
     """The most bits that quantized activations of a model take; None where they are floats."""
-    found = [
+    bits_found = [
         bits(layer)
         for layer in model._flatten_layers()
         for layer_class, bits in _ACTIVATION_BITS.items()
         if isinstance(layer, layer_class)
     ]
-    return max((bits for bits in found if bits), default=None)
+    return max((bits for bits in bits_found if bits), default=None)
 
 
 def grids_of(model) -> dict[int, Grid]:
     """The grids of the weights that a model's wrappers quantize, by the identity of the variable."""
-    found: dict[int, Grid] = {}
+    grid_of_weight: dict[int, Grid] = {}
     for layer in model._flatten_layers():
         for layer_class, grids in _GRIDS.items():
             if isinstance(layer, layer_class):
-                found.update(grids(layer))
-    return found
+                grid_of_weight.update(grids(layer))
+    return grid_of_weight
 
 
 def _layer_report(

@@ -51,8 +51,8 @@ class _Projection:
 
 @_rule_for("MultiHeadAttention")
 def multi_head_attention(layer, inputs, graph: ChannelGraph):
-    given = arguments_of(layer, inputs, graph)
-    tensors = _tensors(given)
+    arguments = arguments_of(layer, inputs, graph)
+    tensors = _tensors(arguments)
     output = layer._output_dense
     axes = layer._attention_axes or ()
     ranks = {len(x.shape) for x in tensors}
@@ -81,17 +81,17 @@ def multi_head_attention(layer, inputs, graph: ChannelGraph):
     _observed(output, tensors[0], heads, values, graph)
     for name, ids in (("num_heads", heads), ("key_dim", keys), ("value_dim", values)):
         graph.option(layer, name, ids)
-    _freeze_masks(given, heads, graph)
-    found = _output(layer, heads, graph)
-    graph.option(layer, "output_shape", found.ids, lambda kept: (int(np.count_nonzero(kept)),))
-    return [found, *_scores(heads, graph)]
+    _freeze_masks(arguments, heads, graph)
+    outputs = _output(layer, heads, graph)
+    graph.option(layer, "output_shape", outputs.ids, lambda kept: (int(np.count_nonzero(kept)),))
+    return [outputs, *_scores(heads, graph)]
 
 
 @_rule_for("GroupQueryAttention", "GroupedQueryAttention")
 def group_query_attention(layer, inputs, graph: ChannelGraph):
     """A key head goes with the query heads that share it; where all share one, query heads go one by one."""
-    given = arguments_of(layer, inputs, graph)
-    tensors = _tensors(given)
+    arguments = arguments_of(layer, inputs, graph)
+    tensors = _tensors(arguments)
     if not _is_plain(layer, tensors) or len({len(x.ids) for x in tensors}) > 1:
         return mixed(layer, inputs, graph)
     output = layer._output_dense
@@ -126,11 +126,11 @@ def group_query_attention(layer, inputs, graph: ChannelGraph):
     graph.option(layer, "num_query_heads", query_heads)
     if not shared:
         graph.option(layer, "num_key_value_heads", heads)
-    _freeze_masks(given, heads, graph)
-    found = _output(layer, query_heads, graph)
+    _freeze_masks(arguments, heads, graph)
+    outputs = _output(layer, query_heads, graph)
     for x in tensors:  # Keras wants all of them to be equally wide, and the output like the query
-        graph.unite(found.ids, x.ids)
-    return [found, *_scores(heads, graph)]
+        graph.unite(outputs.ids, x.ids)
+    return [outputs, *_scores(heads, graph)]
 
 
 @_rule_for("Attention", "AdditiveAttention")
@@ -218,14 +218,14 @@ def _output(layer, heads: np.ndarray, graph: ChannelGraph) -> Channels:
     """The channels that the output projection computes."""
     dense = layer._output_dense
     kernel = stored_variable(dense, "kernel")
-    found = graph.produce(kernel, 2, graph.shapes[0])
+    channels = graph.produce(kernel, 2, graph.shapes[0])
     if dense.bias is not None:
-        graph.follow(dense.bias, 0, found.ids)
-    masked = graph.is_masked(found.ids)
+        graph.follow(dense.bias, 0, channels.ids)
+    masked = graph.is_masked(channels.ids)
     if masked is not None:
-        return found.with_constants(np.where(masked, 0.0, np.nan))
-    bias = np.zeros(len(found.ids)) if dense.bias is None else graph.value(dense.bias)
-    return found.with_constants(np.where(np.any(graph.value(kernel) != 0, axis=(0, 1)), np.nan, bias))
+        return channels.with_constants(np.where(masked, 0.0, np.nan))
+    bias = np.zeros(len(channels.ids)) if dense.bias is None else graph.value(dense.bias)
+    return channels.with_constants(np.where(np.any(graph.value(kernel) != 0, axis=(0, 1)), np.nan, bias))
 
 
 def _freeze_masks(given, heads: np.ndarray, graph: ChannelGraph) -> None:

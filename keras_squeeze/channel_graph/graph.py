@@ -246,12 +246,12 @@ class ChannelGraph:
 
     def enter(self, tensor, channels: Channels) -> Channels:
         """These channels enter a nested model by one of its inputs; all calls of it share one width."""
-        known = self.inputs.setdefault(id(tensor), channels)
-        if known is not channels:
-            if known.axis == channels.axis:
-                self.unite(known.ids, channels.ids)
+        previous = self.inputs.setdefault(id(tensor), channels)
+        if previous is not channels:
+            if previous.axis == channels.axis:
+                self.unite(previous.ids, channels.ids)
             else:
-                self.freeze(known, f"{self.path} is called with it along two axes")
+                self.freeze(previous, f"{self.path} is called with it along two axes")
                 self.freeze(channels, f"{self.path} is called with it along two axes")
         return channels
 
@@ -289,9 +289,9 @@ class ChannelGraph:
 
     def _attach(self, weight, axis: int, ids: np.ndarray, role: str) -> None:
         axis %= len(weight.shape)
-        known = self.slices.setdefault((id(weight), axis), Slices(weight, axis, ids, role, self.path))
-        if known.ids is not ids:
-            self.unite(known.ids, ids)
+        slices = self.slices.setdefault((id(weight), axis), Slices(weight, axis, ids, role, self.path))
+        if slices.ids is not ids:
+            self.unite(slices.ids, ids)
 
     def _new_ids(self, count: int) -> np.ndarray:
         self._count += count

@@ -51,8 +51,8 @@ def merge(layer, inputs, graph):
 def _note_zero_branches(inputs, graph: ChannelGraph) -> None:
     """A branch that is zero throughout can be left out of a sum, if what is left has the sum's shape."""
     zero = [i for i, x in enumerate(inputs) if len(x.ids) and not np.any(x.constants != 0)]
-    left = [x for i, x in enumerate(inputs) if i not in zero]
-    if zero and left and all(tuple(x.shape) == graph.shapes[0] for x in left):
+    nonzero = [x for i, x in enumerate(inputs) if i not in zero]
+    if zero and nonzero and all(tuple(x.shape) == graph.shapes[0] for x in nonzero):
         graph.droppable[id(graph.node)] = zero
 
 
@@ -67,9 +67,9 @@ def binary_operation(operation, inputs, graph):
         return mixed(operation, inputs, graph)
     if not numbers:
         return merge(operation, inputs, graph)
-    (place, number), (x,) = next(iter(numbers.items())), inputs
+    (index, number), (x,) = next(iter(numbers.items())), inputs
     pair = [x.constants, np.full(len(x.ids), float(np.reshape(number, ())))]
-    return x.with_constants(_where_zero(zero)(function, pair if place else pair[::-1]))
+    return x.with_constants(_where_zero(zero)(function, pair if index else pair[::-1]))
 
 
 @_rule_for("Sum", "Any", "All", "Max", "Min", "Mean", module=operations)
@@ -88,9 +88,9 @@ def reduction(operation, inputs, graph):
         if not redundant:
             graph.require_constant(x, True, f"{graph.path} adds it up, and it is not zero")
         return graph.opaque(graph.shapes[0], f"computed by {graph.path}, over channels")
-    place = x.axis if operation.keepdims else x.axis - sum(axis < x.axis for axis in axes)
+    output_axis = x.axis if operation.keepdims else x.axis - sum(axis < x.axis for axis in axes)
     constants = x.constants if name in ("Max", "Min") else np.where(x.constants == 0, 0.0, np.nan)
-    return Channels(graph.shapes[0], place, x.ids, constants)
+    return Channels(graph.shapes[0], output_axis, x.ids, constants)
 
 
 @_rule_for("ZerosLike", "OnesLike", module=operations)
@@ -138,9 +138,11 @@ def _joined(layer, inputs, combine, graph) -> Channels | list[Channels]:
     wide = [i for i, x in enumerate(inputs) if len(x.ids) > 1]
     if not wide:
         wide = list(range(len(inputs)))
-    place = from_end[wide[0]]
-    size = shape[-place] if place <= len(shape) else None
-    if any(from_end[i] != place or len(inputs[i].ids) != size for i in wide) or any(len(x.ids) == 0 for x in inputs):
+    joined_axis = from_end[wide[0]]
+    size = shape[-joined_axis] if joined_axis <= len(shape) else None
+    if any(from_end[i] != joined_axis or len(inputs[i].ids) != size for i in wide) or any(
+        len(x.ids) == 0 for x in inputs
+    ):
         return mixed(layer, inputs, graph)
     first = inputs[wide[0]]
     for i, x in enumerate(inputs):
@@ -150,7 +152,7 @@ def _joined(layer, inputs, combine, graph) -> Channels | list[Channels]:
             graph.unite(first.ids, x.ids)
     width = len(first.ids)
     constants = [x.constants if i in wide else np.broadcast_to(x.constants, (width,)) for i, x in enumerate(inputs)]
-    return Channels(shape, len(shape) - place, first.ids, combine(constants))
+    return Channels(shape, len(shape) - joined_axis, first.ids, combine(constants))
 
 
 @_rule_for("Concatenate")
@@ -202,8 +204,8 @@ def get_item(operation, inputs, graph):
     if any(part is None or not isinstance(part, (int, slice, type(Ellipsis))) for part in key):
         return mixed(operation, inputs, graph)
     if Ellipsis in key:
-        place = key.index(Ellipsis)
-        key = key[:place] + (slice(None),) * (len(x.shape) - len(key) + 1) + key[place + 1 :]
+        ellipsis_index = key.index(Ellipsis)
+        key = key[:ellipsis_index] + (slice(None),) * (len(x.shape) - len(key) + 1) + key[ellipsis_index + 1 :]
     key += (slice(None),) * (len(x.shape) - len(key))
     if key[0] != slice(None) or not isinstance(key[x.axis], slice) or key[x.axis].step not in (None, 1):
         return mixed(operation, inputs, graph)

@@ -78,8 +78,8 @@ def group_normalization(layer, inputs, graph):
     groups = len(x.ids) if layer.groups == -1 else layer.groups
     by_group = x.ids.reshape(groups, -1)
     size = by_group.shape[1]
-    for place in range(1, size):
-        graph.unite(by_group[:, 0], by_group[:, place])
+    for index in range(1, size):
+        graph.unite(by_group[:, 0], by_group[:, index])
     graph.option(layer, "groups", x.ids, lambda kept: int(np.count_nonzero(kept)) // size)
     # Channels that are constant and equal to those of their group are normalized to zero.
     constants = x.constants.reshape(groups, -1)

@@ -38,15 +38,17 @@ def trace(model: keras.Model, *, inexact: bool = False, assumed: np.ndarray | No
 
 def _run(functional, inputs: Sequence[Channels], graph: ChannelGraph, prefix: str) -> list[Channels]:
     """Takes channels through a functional model; returns those of its outputs."""
-    known = {id(tensor): channels for tensor, channels in zip(functional.inputs, inputs, strict=True)}
+    channels_of = {id(tensor): channels for tensor, channels in zip(functional.inputs, inputs, strict=True)}
     for node in nodes_of(functional):
         graph.node, graph.path = node, f"{prefix}{node.operation.name}"
         graph.arguments = node.arguments.args, node.arguments.kwargs
-        entering = [known[id(tensor)] for tensor in node.input_tensors]
+        entering = [channels_of[id(tensor)] for tensor in node.input_tensors]
         shapes = [tensor.shape for tensor in node.output_tensors]
         outputs = _call(node.operation, entering, shapes, graph)
-        known.update((id(tensor), channels) for tensor, channels in zip(node.output_tensors, outputs, strict=True))
-    return [known[id(tensor)] for tensor in functional.outputs]
+        channels_of.update(
+            (id(tensor), channels) for tensor, channels in zip(node.output_tensors, outputs, strict=True)
+        )
+    return [channels_of[id(tensor)] for tensor in functional.outputs]
 
 
 def _call(layer, inputs: Sequence[Channels], shapes: list, graph: ChannelGraph) -> list[Channels]:

@@ -37,27 +37,27 @@ _CELLS = {
 
 @_rule_for("LSTM", "GRU", "SimpleRNN", "RNN")
 def recurrent(layer, inputs, graph: ChannelGraph):
-    given = arguments_of(layer, inputs, graph)
-    sequence = given["sequences"]
+    arguments = arguments_of(layer, inputs, graph)
+    sequence = arguments["sequences"]
     if not _is_understood(layer, sequence):
         return mixed(layer, inputs, graph)
-    _freeze_masks(given, graph)
-    return _through(layer, sequence, given.get("initial_state"), graph, graph.shapes)
+    _freeze_masks(arguments, graph)
+    return _through(layer, sequence, arguments.get("initial_state"), graph, graph.shapes)
 
 
 @_rule_for("Bidirectional")
 def bidirectional(layer, inputs, graph: ChannelGraph):
-    given = arguments_of(layer, inputs, graph)
-    sequence, states = given["sequences"], given.get("initial_state")
+    arguments = arguments_of(layer, inputs, graph)
+    sequence, states = arguments["sequences"], arguments.get("initial_state")
     directions = layer.forward_layer, layer.backward_layer
     understood = all(type(each) in RECURRENT_RULES and _is_understood(each, sequence) for each in directions)
     if not understood or len({_cells_of(each)[-1].units for each in directions}) > 1:
         return mixed(layer, inputs, graph)
-    _freeze_masks(given, graph)
+    _freeze_masks(arguments, graph)
     path, results = graph.path, []
-    for place, direction in enumerate(directions):
+    for index, direction in enumerate(directions):
         half = 0 if states is None else len(states) // 2
-        own = None if states is None else states[half * place : half * (place + 1)]
+        own = None if states is None else states[half * index : half * (index + 1)]
         graph.path = f"{path}/{direction.name}"
         results.append(_through(direction, sequence, own, graph, _shapes_of(direction, sequence)))
     graph.path = path
@@ -112,20 +112,20 @@ def _shapes_of(layer, sequence: Channels) -> list[tuple]:
 def _through(layer, sequence: Channels, states, graph: ChannelGraph, shapes: Sequence[tuple]) -> list[Channels]:
     """The channels of a layer's outputs: of the sequence or its last step, then of the states."""
     cells = _cells_of(layer)
-    path, x, found = graph.path, sequence, []
-    given = _by_cell(states, cells)
-    for place, cell in enumerate(cells):
+    path, x, last_states = graph.path, sequence, []
+    first_states = _by_cell(states, cells)
+    for index, cell in enumerate(cells):
         if cell is not getattr(layer, "cell", None) or not hasattr(layer, "units"):
             graph.path = f"{path}/{cell.name}"
-        x = _cell(cell, cell if place else layer, x, given[place], graph)
+        x = _cell(cell, cell if index else layer, x, first_states[index], graph)
         owner = layer if hasattr(layer, "units") else cell
         graph.option(owner, "units", x.ids)
         if layer.stateful:
             graph.freeze(x, f"{path} is stateful")
-        found += [x] * len(_as_list(cell.state_size))
+        last_states += [x] * len(_as_list(cell.state_size))
     graph.path = path
     # The sequence or its last step, and the states of all cells where they are asked for.
-    outputs = zip(shapes, [x, *found], strict=False)
+    outputs = zip(shapes, [x, *last_states], strict=False)
     return [Channels(tuple(shape), len(shape) - 1, y.ids, y.constants) for shape, y in outputs]
 
 
@@ -135,12 +135,12 @@ def _by_cell(states, cells: list) -> list[list]:
         return [[] for _ in cells]
     if len(cells) == 1:
         return [keras.tree.flatten(states)]
-    flat, found = keras.tree.flatten(states), []
+    flat, by_cell = keras.tree.flatten(states), []
     for cell in cells:
         count = len(_as_list(cell.state_size))
-        found.append(flat[:count])
+        by_cell.append(flat[:count])
         flat = flat[count:]
-    return found
+    return by_cell
 
 
 def _cell(cell, watched, x: Channels, states: list, graph: ChannelGraph) -> Channels:

@@ -112,8 +112,8 @@ def dense(layer, inputs, graph):
 @_rule_for("EinsumDense")
 def einsum_dense(layer, inputs, graph):
     (x,) = inputs
-    left, out_letters = layer.equation.replace(" ", "").replace("...", ".").split("->")
-    in_letters, kernel_letters = left.split(",")
+    operands, out_letters = layer.equation.replace(" ", "").replace("...", ".").split("->")
+    in_letters, kernel_letters = operands.split(",")
     from_end = len(x.shape) - x.axis
     letter = in_letters[-from_end] if from_end <= len(in_letters) else "."
     new = [name for name in out_letters if name in kernel_letters and name not in in_letters]
@@ -256,8 +256,8 @@ def _contracted_constants(graph, x, kernel, in_axis, out_axis, bias, output, fol
     constant = ~np.any(values[:, varying] != 0, axis=(0, 1)) if varying.any() else np.ones(size, bool)
     result = np.full(size, np.nan)
     if constant.any():
-        known = np.where(varying, 0.0, np.nan_to_num(x.constants))
-        result[constant] = np.einsum("kio,i->o", values[..., constant], known)
+        constants = np.where(varying, 0.0, np.nan_to_num(x.constants))
+        result[constant] = np.einsum("kio,i->o", values[..., constant], constants)
         if bias is not None:
             result[constant] += graph.value(bias)[constant]
     return result

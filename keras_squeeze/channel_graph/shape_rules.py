@@ -101,12 +101,12 @@ def _tried(function) -> bool:
             or not same(results(values.ravel()[order]).ravel(), before.ravel()[order]).all()
         ):
             return False
-        for place in (0, values.size // 2, values.size - 1):
+        for index in (0, values.size // 2, values.size - 1):
             for change in (-3.0, 3.0):
                 changed = values.ravel().copy()
-                changed[place] += change
+                changed[index] += change
                 untouched = same(results(changed).ravel(), before.ravel())
-                untouched[place] = True
+                untouched[index] = True
                 if not untouched.all():
                     return False
     except Exception:  # the function may be anything
@@ -116,11 +116,11 @@ def _tried(function) -> bool:
 
 def evaluated(function, constants: np.ndarray) -> np.ndarray:
     """A function of constants, where they are known; NaN elsewhere."""
-    known = ~np.isnan(constants)
+    is_constant = ~np.isnan(constants)
     result = np.full(len(constants), np.nan)
-    if known.any():
-        tensor = keras.ops.convert_to_tensor(constants[known].astype("float32").reshape(1, -1))
-        result[known] = np.asarray(keras.ops.convert_to_numpy(function(tensor)), "float64").reshape(-1)
+    if is_constant.any():
+        tensor = keras.ops.convert_to_tensor(constants[is_constant].astype("float32").reshape(1, -1))
+        result[is_constant] = np.asarray(keras.ops.convert_to_numpy(function(tensor)), "float64").reshape(-1)
     result[np.isinf(result)] = np.nan  # no product with zero is zero then
     return result
 
@@ -265,13 +265,13 @@ def _reshaped(layer, x, option, target, first, graph):
     """`first`: the axis that the first entry of `target` stands for."""
     shape = graph.shapes[0]
     output = _moved(layer, x, lambda array: array.reshape(1, *shape[1:]), graph)
-    place = output.axis - first
-    if target[place] != -1:
+    axis = output.axis - first
+    if target[axis] != -1:
         graph.option(
             layer,
             option,
             output.ids,
-            lambda kept: [int(np.count_nonzero(kept)) if i == place else size for i, size in enumerate(target)],
+            lambda kept: [int(np.count_nonzero(kept)) if i == axis else size for i, size in enumerate(target)],
         )
     return output
 

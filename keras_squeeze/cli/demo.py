@@ -182,8 +182,8 @@ def search(demo: Demo) -> str:
     progress = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: demo.on_epoch(next(epochs) / (SEARCH_TRIALS * SEARCH_EPOCHS))
     )
-    how = {"validation_data": tuple(judges), "epochs": SEARCH_EPOCHS, "verbose": 0}
-    tuner.search(*train, **how, callbacks=[progress])
+    kwargs = {"validation_data": tuple(judges), "epochs": SEARCH_EPOCHS, "verbose": 0}
+    tuner.search(*train, **kwargs, callbacks=[progress])
     demo.on_epoch(1.0)
     demo.front = tuner.pareto_front()
     picture = tuner.plot_pareto(demo.directory / "front.png")

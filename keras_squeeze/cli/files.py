@@ -76,10 +76,10 @@ def _export(options) -> tuple[Any, dict]:
     check_output(options.output, options.force, ".tflite")
     inputs = None if options.calibration_data is None else load_examples(options.calibration_data)[0]
     model = load(options)
-    how = {"precision": options.precision, "calibration_data": inputs, "allow_float": options.allow_float}
-    how |= {"integer_io": options.integer_io, "batch_size": None if options.any_batch else 1}
+    kwargs = {"precision": options.precision, "calibration_data": inputs, "allow_float": options.allow_float}
+    kwargs |= {"integer_io": options.integer_io, "batch_size": None if options.any_batch else 1}
     with working("exporting"):
-        result = export(model, options.output, **how)
+        result = export(model, options.output, **kwargs)
     return result, {**dataclasses.asdict(result), "path": str(result.path)}
 
 
@@ -114,8 +114,8 @@ def _benchmark(options) -> tuple[Any, dict]:
     if options.plot is not None:
         check_output(options.plot, options.force, ".png", ".svg", ".pdf")
     data = None if options.data is None else load_examples(options.data)
-    how = {"num_threads": options.threads, "runs": options.runs, "safe_mode": not options.unsafe}
-    comparison = compare(_by_name(options.models), data, metric=options.metric, **how)
+    kwargs = {"num_threads": options.threads, "runs": options.runs, "safe_mode": not options.unsafe}
+    comparison = compare(_by_name(options.models), data, metric=options.metric, **kwargs)
     if options.plot is not None:
         comparison.plot(options.plot)
     return comparison, comparison.to_dict()

@@ -40,13 +40,13 @@ def add_data(parser: argparse.ArgumentParser, *, needed: bool, split: float = 0.
     parser.add_argument("--data", metavar="FILE", required=needed, help=f"to train on: {_DATA}")
     validation = parser.add_mutually_exclusive_group()
     validation.add_argument("--validation-data", metavar="FILE", help="to measure the model on: a file of that kind")
-    how = "default: %(default)s" if split else "default: none"
+    default = "default: %(default)s" if split else "default: none"
     validation.add_argument(
         "--validation-split",
         type=float,
         default=split,
         metavar="FRACTION",
-        help=f"or the last part of the data, which is not trained on then ({how})",
+        help=f"or the last part of the data, which is not trained on then ({default})",
     )
 
 
@@ -69,8 +69,8 @@ def read_examples(options) -> Examples:
     if options.data is None:
         if options.validation_split:
             raise ValueError("--validation-split takes a part of --data. Received: no --data")
-        given = None if options.validation_data is None else _with_targets(options.validation_data)
-        return Examples(validation=given)
+        own_validation = None if options.validation_data is None else _with_targets(options.validation_data)
+        return Examples(validation=own_validation)
     x, y = load_examples(options.data)
     sizes = {len(array) for array in keras.tree.flatten((x, y)) if array is not None}
     if len(sizes) > 1:
@@ -121,12 +121,12 @@ def check_trainable(options, examples: Examples) -> None:
 
 def fit(recipe: Recipe, model: keras.Model, examples: Examples, options, directory=None) -> keras.Model:
     """Runs a recipe, with a bar for its epochs."""
-    how: dict[str, Any] = {"epochs": options.epochs, "batch_size": options.batch_size, "directory": directory}
-    how |= {"validation_data": examples.validation, "verbose": 1 if options.verbose else 0}
+    kwargs: dict[str, Any] = {"epochs": options.epochs, "batch_size": options.batch_size, "directory": directory}
+    kwargs |= {"validation_data": examples.validation, "verbose": 1 if options.verbose else 0}
     with contextlib.nullcontext() if options.verbose else progress_bar("training", options.epochs) as advance:
         callbacks = [] if advance is None else [_Bar(advance, options.epochs)]
         with stumbling():
-            return recipe.fit(model, examples.x, examples.y, callbacks=callbacks, **how)
+            return recipe.fit(model, examples.x, examples.y, callbacks=callbacks, **kwargs)
 
 
 @contextlib.contextmanager
@@ -149,10 +149,10 @@ def measured(model: keras.Model, validation: tuple | None) -> tuple[str, float] 
         return None
     with working("measuring"):
         plain = finished(model)
-        found = evaluate(plain, validation)
-    names = [*plain.get_metrics_result(), *found]  # those of `evaluate` are sorted
-    name = next((name for name in names if name in found and not name.endswith("loss")), "loss")
-    return name, found[name]
+        metrics = evaluate(plain, validation)
+    names = [*plain.get_metrics_result(), *metrics]  # those of `evaluate` are sorted
+    name = next((name for name in names if name in metrics and not name.endswith("loss")), "loss")
+    return name, metrics[name]
 
 
 class _Bar(keras.callbacks.Callback):
@@ -181,8 +181,8 @@ def _compile(model: keras.Model, options, needed: bool) -> None:
         return
     if options.from_logits and options.loss is None:
         raise ValueError("--from-logits belongs to a loss. Received: no --loss")
-    given = (options.loss, options.optimizer, options.learning_rate, options.metrics)
-    if all(value is None for value in given):
+    compile_options = (options.loss, options.optimizer, options.learning_rate, options.metrics)
+    if all(value is None for value in compile_options):
         return
     config = dict(model._compile_config.config) if model.compiled else {}
     if options.loss is not None:
@@ -206,11 +206,11 @@ def _loss(name: str, from_logits: bool):
     """An object, so that it is saved with the model as it is."""
     loss = _known(keras.losses.get, name, "--loss")
     whole = "".join(word.capitalize() for word in getattr(loss, "__name__", "").split("_"))
-    kind = type(loss) if isinstance(loss, keras.losses.Loss) else getattr(keras.losses, whole, None)
+    loss_class = type(loss) if isinstance(loss, keras.losses.Loss) else getattr(keras.losses, whole, None)
     if not from_logits:
         return loss
     try:
-        return kind(from_logits=True)  # type: ignore[misc]
+        return loss_class(from_logits=True)  # type: ignore[misc]
     except TypeError:
         raise ValueError(f"--from-logits is for losses that take probabilities. Received: --loss {name}") from None
 

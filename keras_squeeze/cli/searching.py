@@ -50,10 +50,10 @@ def _search(options) -> tuple[str | None, dict]:
     examples = read_examples(options)
     check_trainable(options, examples)
     tuner = _tuner(options, examples, budgets)
-    how = {"epochs": options.epochs, "batch_size": options.batch_size, "validation_data": examples.validation}
+    kwargs = {"epochs": options.epochs, "batch_size": options.batch_size, "validation_data": examples.validation}
     try:
         with stumbling():
-            tuner.search(examples.x, examples.y, **how, verbose=2 if options.verbose else 1)
+            tuner.search(examples.x, examples.y, **kwargs, verbose=2 if options.verbose else 1)
     except RuntimeError as error:  # of Keras Tuner, where nothing but failures is left
         raise ValueError(f"The search cannot go on: {error}") from error
     if _is_worker():  # the chief has the results
@@ -89,8 +89,8 @@ def _tuner(options, examples: Examples, budgets: dict[str, float]):
 
     space = None if options.recipe_space is None else CompressionSpace.load(options.recipe_space)
     model = load_trainable(options, examples)
-    how = {"metric": options.metric, "artifact": options.artifact, "latency": options.latency}
-    hyper = CompressionHyperModel(model, space, **how)
+    kwargs = {"metric": options.metric, "artifact": options.artifact, "latency": options.latency}
+    hyper = CompressionHyperModel(model, space, **kwargs)
     objectives = options.objectives or [f"val_{hyper.metric}", "size_bytes"]
     oracle = ParetoOracle(
         objectives, options.max_trials, sampler=options.sampler, seed=options.seed, budgets=Budgets.of(**budgets)

@@ -53,8 +53,11 @@ def add_prune(commands) -> None:
     whole.add_argument("--neurons", type=float, metavar="F", help="fraction of the neurons to remove, in [0, 1)")
     whole.add_argument("--macs", type=float, metavar="F", help="or the fraction of the MACs to keep, in (0, 1]")
     parser.add_argument("--pattern", default="unstructured", help="of the zeros: 2:4, or a block such as 1x4")
-    known = ", ".join(weight_allocation.ALLOCATIONS)
-    for name, what in (("allocation", f"how it is spread: {known}"), ("criterion", "by what the least is chosen")):
+    allocations = ", ".join(weight_allocation.ALLOCATIONS)
+    for name, what in (
+        ("allocation", f"how it is spread: {allocations}"),
+        ("criterion", "by what the least is chosen"),
+    ):
         more = "; for weights and for neurons, whichever know the name: may be there twice"
         parser.add_argument(f"--{name}", action="append", metavar="NAME", help=f"{what}{more}")
     parser.add_argument("--round-to", type=int, default=8, metavar="N", help="widths end at multiples of this (8)")
@@ -72,8 +75,8 @@ def add_quantize(commands) -> None:
     parser = command(commands, "quantize", _quantize, summary)
     takes_models(parser)
     writes(parser, _OUTPUT)
-    known = "int8, int4 (2 to 16 bits), fixed8, ternary, binary, binary_connect, xnor"
-    parser.add_argument("--weights", default="int8", metavar="NAME", help=f"{known} (default: %(default)s)")
+    quantizers = "int8, int4 (2 to 16 bits), fixed8, ternary, binary, binary_connect, xnor"
+    parser.add_argument("--weights", default="int8", metavar="NAME", help=f"{quantizers} (default: %(default)s)")
     parser.add_argument(
         "--activations", default="default", metavar="NAME", help="the same, or none (default: int8, but none with xnor)"
     )
@@ -170,8 +173,8 @@ def _pruning(options) -> list[Step]:
     """Neurons first: of the weights that are left, single ones go then."""
     makers: list[Callable[..., Step]] = []
     if options.neurons is not None or options.macs is not None:
-        how = {"target_macs": options.macs, "layers": options.layers, "round_to": options.round_to}
-        makers.append(functools.partial(PruneNeurons, options.neurons, **how))
+        kwargs = {"target_macs": options.macs, "layers": options.layers, "round_to": options.round_to}
+        makers.append(functools.partial(PruneNeurons, options.neurons, **kwargs))
     if options.sparsity is not None:
         pattern = _pattern(options.pattern)
         makers.append(functools.partial(PruneWeights, options.sparsity, pattern=pattern, layers=options.layers))
@@ -185,18 +188,18 @@ def _pruning(options) -> list[Step]:
 
 def _passed_on(makers: list[Callable[..., Step]], argument: str, name: str) -> list[Callable[..., Step]]:
     """Gives a name to the steps that know it, at least one."""
-    found: list[Callable[..., Step]] = []
+    steps: list[Callable[..., Step]] = []
     errors = []
     for make in makers:
         try:
             make(**{argument: name})
-            found.append(functools.partial(make, **{argument: name}))
+            steps.append(functools.partial(make, **{argument: name}))
         except ValueError as error:
-            found.append(make)
+            steps.append(make)
             errors.append(error)
     if len(errors) == len(makers):
         raise errors[-1]
-    return found
+    return steps
 
 
 def _pattern(text: str):
@@ -213,8 +216,8 @@ def _add_layers(parser) -> None:
 
 def _result(model: keras.Model, recipe: Recipe, folder: pathlib.Path, metric, examples: Examples) -> Result:
     with working("measuring"):
-        how = {"validation_data": examples.validation, "calibration_data": examples.x, "artifact": "packed"}
-        return write_result(model, recipe, folder, metric=metric, **how)
+        kwargs = {"validation_data": examples.validation, "calibration_data": examples.x, "artifact": "packed"}
+        return write_result(model, recipe, folder, metric=metric, **kwargs)
 
 
 def _check_folder(folder: pathlib.Path, force: bool) -> None:

@@ -89,12 +89,12 @@ class Archive:
         """Encodes arrays, each with the place of its layer and a key, and decodes them again to make sure."""
         entries: list[list] = []
         streams: list[bytes] = []
-        for place, key, values in arrays:
+        for index, key, values in arrays:
             encoded = encode(values)
             again = decode(encoded, values.shape, values.dtype)
             if not np.array_equal(values, again, equal_nan=values.dtype.kind in "fV"):  # V: the types of ml_dtypes
-                raise RuntimeError(f"Weight {key!r} of layer {place} would not come back as it was.")
-            entries.append(list(_Entry.of(place, key, values, encoded)))
+                raise RuntimeError(f"Weight {key!r} of layer {index} would not come back as it was.")
+            entries.append(list(_Entry.of(index, key, values, encoded)))
             streams.extend(encoded.streams)
         return cls(config, entries, b"".join(streams), assets)
 
@@ -150,14 +150,14 @@ class Archive:
     def arrays(self, count: int, max_bytes: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """The arrays of each of `count` layers, by their keys; none of more than `max_bytes`."""
         position = 0
-        for place, entries in itertools.groupby(map(_Entry.read, self.entries), key=lambda entry: entry.place):
-            if not 0 <= place < count:
-                raise ValueError(f"it has weights for layer {place}, and the model has {count} layers")
+        for index, entries in itertools.groupby(map(_Entry.read, self.entries), key=lambda entry: entry.place):
+            if not 0 <= index < count:
+                raise ValueError(f"it has weights for layer {index}, and the model has {count} layers")
             arrays = {}
             for entry in entries:
                 streams, position = self._streams(entry.lengths, position)
                 arrays[entry.key] = entry.decode(streams, max_bytes)
-            yield place, arrays
+            yield index, arrays
         if position != len(self.weights):
             raise ValueError("there are more weights than the manifest says")
 
@@ -170,10 +170,10 @@ class Archive:
 
     def files(self, count: int) -> Iterator[tuple[int, dict[str, bytes]]]:
         """The files of each layer, by their names."""
-        for place, names in itertools.groupby(sorted(self.assets), key=lambda name: int(name.split("/")[1])):
-            if place >= count:
-                raise ValueError(f"it has a file for layer {place}, and the model has {count} layers")
-            yield place, {name.split("/")[2]: self.assets[name] for name in names}
+        for index, names in itertools.groupby(sorted(self.assets), key=lambda name: int(name.split("/")[1])):
+            if index >= count:
+                raise ValueError(f"it has a file for layer {index}, and the model has {count} layers")
+            yield index, {name.split("/")[2]: self.assets[name] for name in names}
 
 
 class _Entry(NamedTuple):

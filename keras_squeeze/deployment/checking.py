@@ -21,13 +21,15 @@ def sample_inputs(model, data) -> list[np.ndarray]:
         ValueError: `data` does not fit the model's inputs.
     """
     if data is not None:
-        found = [keras.tree.flatten(x) for x, _, _ in itertools.islice(batches(inputs_only(model, data), None), 2)]
-        samples = [np.concatenate(parts)[:_SAMPLES] for parts in zip(*found, strict=True)]
-        shapes, given = ([tuple(x.shape[1:]) for x in each] for each in (model.inputs, samples))
-        if [len(shape) for shape in shapes] != [len(shape) for shape in given]:
+        samples_by_batch = [
+            keras.tree.flatten(x) for x, _, _ in itertools.islice(batches(inputs_only(model, data), None), 2)
+        ]
+        samples = [np.concatenate(parts)[:_SAMPLES] for parts in zip(*samples_by_batch, strict=True)]
+        shapes, sample_shapes = ([tuple(x.shape[1:]) for x in each] for each in (model.inputs, samples))
+        if [len(shape) for shape in shapes] != [len(shape) for shape in sample_shapes]:
             raise ValueError(
                 f"`calibration_data` does not fit the inputs of model '{model.name}': expected examples of shape "
-                f"{', '.join(map(str, shapes))}. Received: {', '.join(map(str, given))}"
+                f"{', '.join(map(str, shapes))}. Received: {', '.join(map(str, sample_shapes))}"
             )
         return samples
     rng = np.random.default_rng(0)

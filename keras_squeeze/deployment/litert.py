@@ -60,12 +60,12 @@ class ExportResult:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        left = f"; in float: {', '.join(self.float_ops)}" if self.float_ops else ""
-        left += f"; not as trained: {', '.join(self.other_integers)}" if self.other_integers else ""
-        left += "".join(f"\n  {note}" for note in self.notes)
+        in_float = f"; in float: {', '.join(self.float_ops)}" if self.float_ops else ""
+        in_float += f"; not as trained: {', '.join(self.other_integers)}" if self.other_integers else ""
+        in_float += "".join(f"\n  {note}" for note in self.notes)
         return (
             f"{self.path}: {self.num_bytes:,} bytes, {self.precision}, largest difference to the model "
-            f"{self.max_abs_error:.3g}, same answer for {self.agreement:.1%} of the sample inputs{left}"
+            f"{self.max_abs_error:.3g}, same answer for {self.agreement:.1%} of the sample inputs{in_float}"
         )
 
 
@@ -150,10 +150,10 @@ def export(
     if sparse or (sparse is None and plan.precision in ("float32", "float16") and _has_zeros(plan)):
         content, actual, note = _without_zeros(model, plan, function, options, content, actual, samples)
         plan.notes.append(note)
-    left: list[str] = []
+    left_in_float: list[str] = []
     other: list[str] = []
     if plan.wrapped is not None:
-        left, other = _check_integers(model, plan, content, allow_float)
+        left_in_float, other = _check_integers(model, plan, content, allow_float)
     write_file(path, content)
     return ExportResult(
         path,
@@ -161,7 +161,7 @@ def export(
         plan.precision,
         largest_difference(expected, actual),
         agreement(expected, actual),
-        left,
+        left_in_float,
         other,
         content is not whole,
         plan.notes,
@@ -252,8 +252,8 @@ def _edits(plan: _Plan) -> dict:
 
 def _weights(wrapper: QuantizeAware) -> list[tuple[np.ndarray, tuple[int, ...]]]:
     """The integers of every weight, and the axes of its outputs."""
-    found = zip(wrapper.quantized_weights, wrapper.to_integers().values(), strict=True)
-    return [(integers - zero_point, weight.channel_axes) for weight, (integers, _, zero_point) in found]
+    pairs = zip(wrapper.quantized_weights, wrapper.to_integers().values(), strict=True)
+    return [(integers - zero_point, weight.channel_axes) for weight, (integers, _, zero_point) in pairs]
 
 
 def _without_zeros(model, plan: _Plan, function, options, content, outputs, samples):
@@ -303,13 +303,13 @@ def _check_outputs(plan: _Plan, actual, expected) -> None:
 
 def _check_integers(model, plan: _Plan, content: bytes, allow_float: bool) -> tuple[list[str], list[str]]:
     """What is left in float, and the weights that the file has otherwise than they were trained."""
-    left = float_ops(content) if plan.integers else []
+    left_in_float = float_ops(content) if plan.integers else []
     with without_zero_gammas(plan.wrapped):
         other, large = compare_integers(content, plan.wrappers)
     if large and plan.precision == "int4":
         plan.notes.append(f"Stored in 8 bits, since LiteRT has no fast kernel that reads 4: {', '.join(large)}.")
     names = [f"{wrapper.name}/" for wrapper in plan.wrappers]
-    kernels = [op for op in left if op.split(" ")[0] in _KERNELS and any(name in op for name in names)]
+    kernels = [op for op in left_in_float if op.split(" ")[0] in _KERNELS and any(name in op for name in names)]
     if (kernels or other) and not allow_float:
         zeros = ", ".join(sorted({f"'{norm.name}'" for _, norm in zero_gammas(plan.wrapped)}))
         hint = (
@@ -322,7 +322,7 @@ def _check_integers(model, plan: _Plan, content: bytes, allow_float: bool) -> tu
             'and begin a model that was wrapped by hand with keras_squeeze.FakeQuantize("int8"). Or leave these layers '
             f"out (quantize_aware(layers=...)), or pass allow_float=True.{hint}"
         )
-    return left, other
+    return left_in_float, other
 
 
 def _wrappers(model) -> list[QuantizeAware]:
@@ -330,8 +330,8 @@ def _wrappers(model) -> list[QuantizeAware]:
 
 
 def _activation_quantizers(model) -> list[FakeQuantize]:
-    found = [layer for layer in model._flatten_layers() if isinstance(layer, FakeQuantize)]
-    return [layer for layer in found if layer.channels is None and layer.built]
+    fake_quantizers = [layer for layer in model._flatten_layers() if isinstance(layer, FakeQuantize)]
+    return [layer for layer in fake_quantizers if layer.channels is None and layer.built]
 
 
 def _check_ready(model) -> None:
@@ -361,7 +361,7 @@ def _check(model, path: pathlib.Path, precision, batch_size, sparse) -> None:
     if path.is_dir():
         raise ValueError(f"`path` must be a file. Received a directory: {str(path)!r}")
     if precision is not None and precision not in PRECISIONS:
-        known = ", ".join(map(repr, PRECISIONS))
-        raise ValueError(f"`precision` must be None or one of {known}. Received: precision={precision!r}")
+        precisions = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"`precision` must be None or one of {precisions}. Received: precision={precision!r}")
     checks.boolean("sparse", sparse, optional=True)
     checks.positive_int("batch_size", batch_size, optional=True)

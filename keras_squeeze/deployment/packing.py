@@ -177,23 +177,23 @@ def _deserialized(config, custom_objects, safe_mode: bool) -> keras.Model:
 
 def _own_variables(model) -> Iterator[tuple[int, str, np.ndarray]]:
     """What every layer saves: its place among the model's layers, a key, and the values."""
-    for place, layer in enumerate(model._flatten_layers()):
+    for index, layer in enumerate(model._flatten_layers()):
         store: dict[str, Any] = {}
         layer.save_own_variables(store)
         for key, value in store.items():
-            yield place, key, read(value) if isinstance(value, keras.Variable) else np.asarray(value)
+            yield index, key, read(value) if isinstance(value, keras.Variable) else np.asarray(value)
 
 
 def _load(model, archive: Archive, max_bytes: int) -> None:
     """Puts the weights and the assets of an archive into a rebuilt model."""
     layers = list(model._flatten_layers())
-    for place, arrays in archive.arrays(len(layers), max_bytes):
-        _hand(layers[place], "load_own_variables", arrays)
-    for place, files in archive.files(len(layers)):
+    for index, arrays in archive.arrays(len(layers), max_bytes):
+        _hand(layers[index], "load_own_variables", arrays)
+    for index, files in archive.files(len(layers)):
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 pathlib.Path(folder, name).write_bytes(content)
-            _hand(layers[place], "load_assets", folder)
+            _hand(layers[index], "load_assets", folder)
 
 
 def _hand(layer, method: str, saved) -> None:
@@ -206,12 +206,12 @@ def _hand(layer, method: str, saved) -> None:
 def _saved_assets(model) -> dict[str, bytes]:
     """The files that layers keep, under the names of their members."""
     assets = {}
-    for place, layer in enumerate(model._flatten_layers()):
+    for index, layer in enumerate(model._flatten_layers()):
         save = getattr(layer, "save_assets", None)  # only some layers have it
         if save is None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             save(folder)
             for file in sorted(pathlib.Path(folder).iterdir()):
-                assets[asset_name(place, file.name)] = file.read_bytes()
+                assets[asset_name(index, file.name)] = file.read_bytes()
     return assets

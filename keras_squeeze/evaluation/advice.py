@@ -218,11 +218,11 @@ def advise(model: keras.Model, recipe=None, *, target: str = "x86") -> list[str]
     """
     checks.one_of("target", target, TARGETS)
     plan = read_recipe(recipe)
-    found, report = find_layers(model), summarize(model)
-    planned = not plan.is_empty and bool(found.layers)
-    zeros = zeros_of(model, report, found)
+    selection, report = find_layers(model), summarize(model)
+    planned = not plan.is_empty and bool(selection.layers)
+    zeros = zeros_of(model, report, selection)
     plan = plan if planned else plan_of(model, report, zeros.sparsity)
-    case = Case(model, plan, planned, target, report, found, zeros)
+    case = Case(model, plan, planned, target, report, selection, zeros)
     findings = [finding for rule in RULES if (finding := rule(case)) is not None]
     return findings or [f"Model '{model.name}' has no weights: there is nothing in it to make smaller or faster."]
 
@@ -390,36 +390,36 @@ def fewer_neurons(case: Case) -> str | None:
     fraction = case.plan.neurons
     if not fraction:
         return None
-    left = without_neurons(case.model, fraction)
-    if isinstance(left, str):
-        return f"No neuron can be removed: {left}."
+    savings = without_neurons(case.model, fraction)
+    if isinstance(savings, str):
+        return f"No neuron can be removed: {savings}."
     measured = f"with half of its neurons gone, {case.took('half of the neurons')}"
     if case.unmeasured:
         measured = f"how much faster that is was not measured for {case.unmeasured}"
     return (
         f"Removing {fraction:.0%} of the neurons, evenly and to widths that are multiples of {MULTIPLE}, leaves "
-        f"{_left(case, *left)}. What is gone is computed nowhere: {measured}."
+        f"{_left(case, *savings)}. What is gone is computed nowhere: {measured}."
     )
 
 
 def odd_widths(case: Case) -> str | None:
     """Kernels compute several channels at once, and the rest of them apart."""
     outputs = output_units(case.model, case.found)
-    found = [
+    widths = [
         (case.rows[entry.path].macs or 0, entry, width)
         for entry in case.found.layers
         if (width := width_of(entry)) > MULTIPLE and width % MULTIPLE and id(unit_of(entry)) not in outputs
         if (slower := _width_ratios(entry)[0].latency) is None or slower > 1.05
     ]
-    macs, total = sum(macs for macs, *_ in found), case.report.total.macs
-    if not found or case.unmeasured or (total and macs < _NOTABLE * total):
+    macs, total = sum(macs for macs, *_ in widths), case.report.total.macs
+    if not widths or case.unmeasured or (total and macs < _NOTABLE * total):
         return None
-    found.sort(key=lambda item: -item[0])
-    names = _listed([f"{entry.path} ({width})" for _, entry, width in found])
+    widths.sort(key=lambda item: -item[0])
+    names = _listed([f"{entry.path} ({width})" for _, entry, width in widths])
     share = f", with {macs / total:.0%} of the MACs" if total else ""
-    below, above = _width_ratios(found[0][1])
-    wide = "convolutions 65 channels" if is_convolution(found[0][1]) else "dense layers 1025 units"
-    narrower, wider = (64, 72) if is_convolution(found[0][1]) else (1024, 1032)
+    below, above = _width_ratios(widths[0][1])
+    wide = "convolutions 65 channels" if is_convolution(widths[0][1]) else "dense layers 1025 units"
+    narrower, wider = (64, 72) if is_convolution(widths[0][1]) else (1024, 1032)
     return (
         f"Widths that are no multiple of {MULTIPLE} waste time: {names}{share}. Take a multiple of {MULTIPLE} near "
         f"it: {wide} wide {_times(below.latency)} as {narrower}, and {_times(above.latency)} as "
@@ -435,11 +435,11 @@ def prospects(case: Case) -> str | None:
         return None
     before = format_bytes(case.report.total.dense_bytes)
     eight, sparse = (format_bytes(case.expected_bytes(*how)) for how in ((0.0, _INT8), (0.8, None)))
-    left = without_neurons(case.model, 0.5)
-    if isinstance(left, str):
-        neurons = f"No neuron can be removed: {left}."
+    savings = without_neurons(case.model, 0.5)
+    if isinstance(savings, str):
+        neurons = f"No neuron can be removed: {savings}."
     else:
-        neurons = f"Removing neurons makes it smaller and faster (half: {_left(case, *left)})."
+        neurons = f"Removing neurons makes it smaller and faster (half: {_left(case, *savings)})."
     size = f"weights: about {eight} instead of {before}"
     integers = f"Int8 weights and activations make it smaller and faster ({size})."
     if case.unmeasured:
@@ -527,10 +527,10 @@ def _packed(case: Case, *, sparse: bool = True) -> str:
 
 def _left(case: Case, parameters: int, macs: int) -> str:
     total = case.report.total
-    left = f"{parameters:,} of {total.parameters:,} parameters"
+    text = f"{parameters:,} of {total.parameters:,} parameters"
     if not total.macs:
-        return left
-    return f"{macs:,} of {total.macs:,} MACs ({macs / total.macs:.0%}) and {left}"
+        return text
+    return f"{macs:,} of {total.macs:,} MACs ({macs / total.macs:.0%}) and {text}"
 
 
 def _width_ratios(entry: CompressibleLayer) -> tuple[Ratio, Ratio]:

@@ -150,8 +150,8 @@ class Comparison:
 
     def _columns(self) -> list[str]:
         """Those of which anything is known."""
-        known = [self._cells(row) for row in self.rows]
-        return [name for name in known[0] if any(cells[name] != "-" for cells in known)]
+        rows = [self._cells(row) for row in self.rows]
+        return [name for name in rows[0] if any(cells[name] != "-" for cells in rows)]
 
     def _cells(self, row: ComparisonRow) -> dict[str, str]:
         cells = {
@@ -272,8 +272,8 @@ def _named(name: str):
     try:
         yield
     except (ValueError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}: {error}") from None
+        error_class = TypeError if isinstance(error, TypeError) else ValueError
+        raise error_class(f"{name}: {error}") from None
 
 
 def _check(models, data) -> None:
@@ -333,8 +333,8 @@ def _scores(entries: list[_Entry], data, judge: Judge) -> tuple[str | None, int,
             scores.append(score)
             counts.append(len(outputs[0]))
     if len(set(names)) > 1:
-        found = ", ".join(f"{entry.name}: {name}" for entry, name in zip(entries, names, strict=True))
-        raise ValueError(f"Their outputs are of different kinds: pass one `metric`. Received: {found}")
+        metrics = ", ".join(f"{entry.name}: {name}" for entry, name in zip(entries, names, strict=True))
+        raise ValueError(f"Their outputs are of different kinds: pass one `metric`. Received: {metrics}")
     return names[0], counts[0], scores
 
 

@@ -193,12 +193,12 @@ def _selectors(model, units: Units) -> tuple[dict[str, NeuronSelector], list[tup
     selectors, reasons = {}, []
     everything = Neurons(model, [entry.layer for entry in units[WHOLE]])
     for name, entries in units.items():
-        found = everything if name == WHOLE else Neurons(model, [entry.layer for entry in entries])
-        reason = None if found.groups else _why_they_stay(found, everything, [entry.path for entry in entries])
+        neurons = everything if name == WHOLE else Neurons(model, [entry.layer for entry in entries])
+        reason = None if neurons.groups else _why_they_stay(neurons, everything, [entry.path for entry in entries])
         if reason is None:
             try:  # the target is a fraction that `select` is asked for, of all
                 limits, criterion = Limits(1, 1, 1.0), neuron_criteria.get("l2")
-                selectors[name] = NeuronSelector(found, Target("neurons", 1.0), limits, "uniform", criterion, None)
+                selectors[name] = NeuronSelector(neurons, Target("neurons", 1.0), limits, "uniform", criterion, None)
             except ValueError:
                 reason = "it has only one"
         if reason is not None and name != WHOLE:
@@ -213,8 +213,8 @@ def _why_they_stay(found: Neurons, everything: Neurons, paths: list[str]) -> str
     reasons = [reason for path, reason in found.frozen if path in paths]
     if not reasons:
         return "it has none of its own"
-    known = [reason for reason in reasons if reason != "not selected"]
-    return "; ".join(dict.fromkeys(known)) or "they go only together with those of layers that are not selected"
+    causes = [reason for reason in reasons if reason != "not selected"]
+    return "; ".join(dict.fromkeys(causes)) or "they go only together with those of layers that are not selected"
 
 
 def _units(entries: Sequence[CompressibleLayer], groups) -> tuple[Units, list[tuple[str, str]]]:
@@ -320,8 +320,8 @@ def _without_blanks(batch: tuple, most: int) -> tuple:
     x, y, weights = batch
     if y is None:
         raise ValueError("`data` must be inputs and targets: (x, y), or batches of that. Received: inputs alone")
-    given = (x, y) if weights is None else batch
-    arrays = keras.tree.map_structure(lambda array: keras.ops.convert_to_numpy(array)[:most], given)
+    parts = (x, y) if weights is None else batch
+    arrays = keras.tree.map_structure(lambda array: keras.ops.convert_to_numpy(array)[:most], parts)
     return tuple(tuple(part) if isinstance(part, list) else part for part in arrays)
 
 

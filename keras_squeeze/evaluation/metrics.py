@@ -69,11 +69,11 @@ def find_direction(model: keras.Model, name: str) -> str | None:
 
     words = name.split("_")
     for ending in ("_".join(words[first:]) for first in range(len(words))):
-        known = None
+        direction = None
         with contextlib.suppress(TypeError):  # of a metric that needs arguments
-            known = None if ending in _AGGREGATES else infer_metric_direction(ending)
-        if known:
-            return known
+            direction = None if ending in _AGGREGATES else infer_metric_direction(ending)
+        if direction:
+            return direction
     return None
 
 

@@ -59,15 +59,15 @@ class Planned(Protocol):
 def read_recipe(recipe) -> Plan:
     """What a user intends, checked."""
     recipe = recipe.plan() if isinstance(recipe, Planned) else recipe
-    known = ", ".join(map(repr, _KEYS))
+    keys = ", ".join(map(repr, _KEYS))
     if recipe is None:
         return Plan()
     if not isinstance(recipe, Mapping):
         raise TypeError(
-            f"`recipe` must be None, a `Recipe`, or a dict with any of the keys {known}. Received: {recipe!r}"
+            f"`recipe` must be None, a `Recipe`, or a dict with any of the keys {keys}. Received: {recipe!r}"
         )
     if not recipe.keys() <= set(_KEYS):
-        raise ValueError(f"`recipe` takes the keys {known}. Received: {', '.join(map(repr, recipe))}")
+        raise ValueError(f"`recipe` takes the keys {keys}. Received: {', '.join(map(repr, recipe))}")
     sparsity = checks.fraction("sparsity", recipe.get("sparsity", 0.0))
     neurons = checks.fraction("neurons", recipe.get("neurons", 0.0))
     pattern = recipe.get("pattern", "unstructured")

@@ -62,8 +62,8 @@ def predictions(path, data, on_examples: Callable[[int], None] = lambda number: 
     targets, outputs = [], []
     for x, y, weights in batches(data, None, _BATCH):
         if y is None or weights is not None:
-            given = "inputs alone" if y is None else "sample weights as well"
-            raise ValueError(f"`data` must be inputs and targets: (x, y), or batches of that. Received: {given}")
+            received = "inputs alone" if y is None else "sample weights as well"
+            raise ValueError(f"`data` must be inputs and targets: (x, y), or batches of that. Received: {received}")
         arrays = _inputs(x, names)
         try:
             outputs.append(predict_file(path, arrays))

@@ -59,10 +59,10 @@ class Sensitivity:
 
     def __getitem__(self, layer: str) -> dict[str, Curve]:
         """`{kind: curve}` of a layer, a group, or `"all"`."""
-        found = {curve.kind: curve for curve in self.curves if curve.layer == layer}
-        if not found:
+        curves = {curve.kind: curve for curve in self.curves if curve.layer == layer}
+        if not curves:
             raise KeyError(f"There is no curve of {layer!r}; there are those of {', '.join([*self.layers, WHOLE])}.")
-        return found
+        return curves
 
     @property
     def layers(self) -> list[str]:
@@ -88,10 +88,10 @@ class Sensitivity:
             ValueError: it was not measured at this value.
         """
         curve = self._curve(layer, kind)
-        for known, score in zip(curve.values, curve.scores, strict=True):
-            if math.isclose(known, value, rel_tol=1e-9):
+        for curve_value, score in zip(curve.values, curve.scores, strict=True):
+            if math.isclose(curve_value, value, rel_tol=1e-9):
                 return self._worse_by(score)
-        measured = ", ".join(f"{known:g}" for known in curve.values)
+        measured = ", ".join(f"{curve_value:g}" for curve_value in curve.values)
         raise ValueError(f"The {kind} of {layer} was measured at {measured}. Received: value={value!r}")
 
     def strongest(self, layer: str, kind: str, max_drop: float) -> float | None:
@@ -302,8 +302,8 @@ def _value(kind: str, value: float) -> str:
 
 
 def _mean(numbers: Iterable[float]) -> float:
-    known: Sequence[float] = list(numbers)
-    return sum(known) / len(known)
+    values: Sequence[float] = list(numbers)
+    return sum(values) / len(values)
 
 
 def _finite(number: float) -> float | None:

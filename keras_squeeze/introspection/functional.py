@@ -164,8 +164,8 @@ def copy_layer(layer, options=None):
         return type(layer).from_config(dict(config))
     except (TypeError, ValueError):  # a config that says more than the layer's own constructor takes
         constructors = [vars(base)["__init__"] for base in type(layer).__mro__[:-1] if "__init__" in vars(base)]
-        known = {"name", "trainable", "dtype"}.union(*(inspect.signature(each).parameters for each in constructors))
-        return type(layer).from_config({name: value for name, value in config.items() if name in known})
+        accepted = {"name", "trainable", "dtype"}.union(*(inspect.signature(each).parameters for each in constructors))
+        return type(layer).from_config({name: value for name, value in config.items() if name in accepted})
 
 
 def compile_like(model, new, optimizer=None) -> bool:

@@ -119,9 +119,9 @@ def layer_weights(layer: keras.Layer) -> tuple[list[CompressibleWeight], list[tu
     finder.add(layer, row, layer.name, ())
     if row is None or not row.whole:
         finder.visit(layer, f"{layer.name}/", ())
-    found = finder.selection()
-    weights = [replace(weight, name=weight.path[len(layer.name) + 1 :]) for weight in found.weights]
-    return weights, list(found.skipped)
+    selection = finder.selection()
+    weights = [replace(weight, name=weight.path[len(layer.name) + 1 :]) for weight in selection.weights]
+    return weights, list(selection.skipped)
 
 
 def select_layers(model: keras.Model, layers: LayerSelector = None, *, trainable_only: bool = False) -> Selection:
@@ -200,8 +200,8 @@ class _Finder:
                 self._seen_layers.add(id(layer))
                 self.add(layer, row, f"{prefix}{layer.name}", parents)
             elif id(layer) in self.found:
-                known = self.found[id(layer)]
-                self.found[id(layer)] = replace(known, parents=(*known.parents, *parents))
+                listed = self.found[id(layer)]
+                self.found[id(layer)] = replace(listed, parents=(*listed.parents, *parents))
             if row is None or not row.whole:
                 self.visit(layer, f"{prefix}{layer.name}/", (*parents, layer))
 

@@ -83,13 +83,13 @@ class BatchNormScale(NeuronCriterion):
     """
 
     def scores(self, neurons, data=None):
-        scores, found = np.zeros(neurons.count), np.zeros(neurons.count, bool)
+        scores, has_scale = np.zeros(neurons.count), np.zeros(neurons.count, bool)
         for slices in neurons.entries():
             if slices.variable.name == "gamma":
                 own = neurons.classes[slices.ids]
                 np.add.at(scores, own, np.abs(read(slices.variable)))
-                found[own] = True
-        lacking = [group.name for group in neurons.groups if not found[group.neurons].all()]
+                has_scale[own] = True
+        lacking = [group.name for group in neurons.groups if not has_scale[group.neurons].all()]
         if lacking:
             raise ValueError(
                 f"Criterion 'batch_norm_scale' needs a normalization with a scale behind every neuron. None behind: "
@@ -285,9 +285,9 @@ def get(identifier) -> NeuronCriterion:
     if isinstance(identifier, NeuronCriterion):
         return identifier
     if isinstance(identifier, dict):
-        found = keras.saving.deserialize_keras_object(identifier)
-        if isinstance(found, NeuronCriterion):
-            return found
+        criterion = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(criterion, NeuronCriterion):
+            return criterion
     if isinstance(identifier, str):
         return _CRITERIA[checks.one_of("criterion", identifier, _CRITERIA)]()
     raise TypeError(f"`criterion` must be a name or a criterion for neurons. Received: {identifier!r}")

@@ -93,10 +93,10 @@ def prunable_neurons(
     ```
     """
     neurons = Neurons(model, layers, inexact=allow_inexact)
-    found: dict[str, LayerNeurons] = {}
+    by_path: dict[str, LayerNeurons] = {}
     for source in neurons.graph.sources.values():
         own = neurons.classes[source.ids[: source.width]].tolist()
         kept = collections.Counter(neurons.reasons[neuron] for neuron in own if neuron in neurons.reasons)
         free = len(own) - sum(kept.values())
-        found.setdefault(source.path, LayerNeurons(source.path, len(own), free, dict(kept.most_common())))
-    return NeuronOverview(model.name, list(found.values()), dict(neurons.graph.opaque_layers))
+        by_path.setdefault(source.path, LayerNeurons(source.path, len(own), free, dict(kept.most_common())))
+    return NeuronOverview(model.name, list(by_path.values()), dict(neurons.graph.opaque_layers))

@@ -342,9 +342,9 @@ def _apply(neurons: Neurons, pruned: np.ndarray, constraints: dict[int, MaskCons
 def _report(neurons: Neurons, pruned: np.ndarray) -> CompressionReport:
     report = summarize(neurons.model)
     savings = Savings(neurons)
-    (parameters, macs), (left, macs_left) = savings.left(np.zeros_like(pruned)), savings.left(pruned)
+    (parameters, macs), (parameters_left, macs_left) = savings.left(np.zeros_like(pruned)), savings.left(pruned)
     call = "shrink(model, allow_inexact=True)" if neurons.graph.inexact_layers else "shrink(model)"
-    note = f"{call} will leave {left:,} of {parameters:,} parameters"
+    note = f"{call} will leave {parameters_left:,} of {parameters:,} parameters"
     report.notes.append(f"{note} and {macs_left:,} of {macs:,} MACs" if macs else note)
     report.frozen = list(neurons.frozen)
     report.widths = widths(neurons.groups, pruned)

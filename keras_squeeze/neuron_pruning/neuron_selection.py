@@ -27,14 +27,14 @@ class Target:
 
     @classmethod
     def make(cls, fraction, target_macs, target_params) -> "Target":
-        given = {"neurons": fraction, "macs": target_macs, "params": target_params}
-        given = {kind: value for kind, value in given.items() if value is not None}
-        if len(given) != 1:
+        targets = {"neurons": fraction, "macs": target_macs, "params": target_params}
+        targets = {kind: value for kind, value in targets.items() if value is not None}
+        if len(targets) != 1:
             raise ValueError(
                 "Give one target: a fraction of the neurons to remove, `target_macs` or `target_params`. Received: "
                 f"fraction={fraction!r}, target_macs={target_macs!r}, target_params={target_params!r}"
             )
-        ((kind, value),) = given.items()
+        ((kind, value),) = targets.items()
         if kind == "neurons":
             return cls(kind, checks.fraction("fraction", value))
         if not checks.is_number(value):

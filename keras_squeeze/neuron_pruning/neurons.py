@@ -142,19 +142,19 @@ class Neurons:
             lies = self.classes[first.ids[: first.width]]
             width = int(np.isin(lies, neurons).sum())
             paths = tuple(dict.fromkeys(sources[index].path for index in key))
-            each = max(width // len(neurons), 1)
-            others = len(lies) - each * len(neurons)
+            channels = max(width // len(neurons), 1)
+            others = len(lies) - channels * len(neurons)
             rounded = any(sources[index].rounded for index in key)
-            groups.append(NeuronGroup(paths, np.array(neurons), each, others, rounded))
+            groups.append(NeuronGroup(paths, np.array(neurons), channels, others, rounded))
         return groups
 
     def _frozen(self, reasons) -> list[tuple[str, str]]:
-        found: dict[tuple[str, str], None] = {}
+        reason_of_path: dict[tuple[str, str], None] = {}
         for source in self.graph.sources.values():
             for neuron in self.classes[source.ids].tolist():
                 if neuron in reasons:
-                    found.setdefault((source.path, reasons[neuron]))
-        return [*found, *self.graph.opaque_layers.items()]
+                    reason_of_path.setdefault((source.path, reasons[neuron]))
+        return [*reason_of_path, *self.graph.opaque_layers.items()]
 
 
 class Savings:
@@ -198,12 +198,12 @@ class Savings:
 
 def widths(groups: Iterable[NeuronGroup], pruned: np.ndarray) -> dict[str, tuple[int, int]]:
     """`{layer path: (channels, channels that are left)}` of every group's first layer, and of those joined with it."""
-    found: dict[str, tuple[int, int]] = {}
+    by_path: dict[str, tuple[int, int]] = {}
     for group in groups:
         gone = int(np.count_nonzero(pruned[group.neurons])) * group.channels
         before = group.width(len(group.neurons))
         for path in group.paths:
             # A layer whose neurons are joined with different others belongs to several groups.
-            _, left = found.get(path, (before, before))
-            found[path] = (before, left - gone)
-    return found
+            _, remaining = by_path.get(path, (before, before))
+            by_path[path] = (before, remaining - gone)
+    return by_path

@@ -138,10 +138,10 @@ class _Shrinker(Rebuilder):
             return super().call(node, made)
         # A sum without the branches that are zero; what only they need is then no part of the model.
         dropped = self._graph.droppable[id(node)]
-        left = [made[id(tensor)] for i, tensor in enumerate(node.input_tensors) if i not in dropped]
-        if len(left) > 1:
-            return [self.layer(node.operation)(left)]
-        return [keras.layers.Identity(name=node.operation.name, dtype=left[0].dtype)(left[0])]
+        remaining = [made[id(tensor)] for i, tensor in enumerate(node.input_tensors) if i not in dropped]
+        if len(remaining) > 1:
+            return [self.layer(node.operation)(remaining)]
+        return [keras.layers.Identity(name=node.operation.name, dtype=remaining[0].dtype)(remaining[0])]
 
 
 # Weights.

@@ -162,11 +162,11 @@ def finalize(model: keras.Model, *, activations: str = "keep") -> keras.Model:
     finalizer = _Finalizer(model, keep=activations == "keep")
     result = finalizer.rebuild(model)
     wrapped = [layer for layer in result._flatten_layers() if isinstance(layer, QuantizeAware)]
-    left = [layer.name for layer in wrapped if not (activations == "keep" and layer.binary_inputs)]
-    if left:
+    unfinished = [layer.name for layer in wrapped if not (activations == "keep" and layer.binary_inputs)]
+    if unfinished:
         raise ValueError(
-            f"Wrapped inside of other layers, which cannot be taken apart: {', '.join(left)}. Wrap the outer layer "
-            "instead: QuantizeAware(TimeDistributed(layer))."
+            f"Wrapped inside of other layers, which cannot be taken apart: {', '.join(unfinished)}. Wrap the outer "
+            "layer instead: QuantizeAware(TimeDistributed(layer))."
         )
     new_of = {}
     for old, new in finalizer.variables():
@@ -295,10 +295,10 @@ def _check_zeros(selection, chosen, units: Units) -> None:
 
 
 def _warn_of_float(model, selection, placement: Placement | None) -> None:
-    left = [f"{path} (not in the layer table: keras_squeeze.register_layer)" for path in selection.unknown]
-    left += [path for path in placement.left if path not in selection.unknown] if placement else []
-    if left:
-        warnings.warn(f"Model '{model.name}': left in float: {', '.join(left)}.", stacklevel=3)
+    in_float = [f"{path} (not in the layer table: keras_squeeze.register_layer)" for path in selection.unknown]
+    in_float += [path for path in placement.left if path not in selection.unknown] if placement else []
+    if in_float:
+        warnings.warn(f"Model '{model.name}': left in float: {', '.join(in_float)}.", stacklevel=3)
 
 
 @keras.saving.register_keras_serializable(package="keras_squeeze")

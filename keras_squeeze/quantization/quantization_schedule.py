@@ -195,7 +195,7 @@ class QuantizationSchedule(CompressionCallback):
     def _find_annealed(self, model) -> list[tuple[FakeQuantize, Sequence[int]]]:
         if not self._stages:
             return []
-        found: list[tuple[FakeQuantize, Sequence[int]]] = []
+        annealed: list[tuple[FakeQuantize, Sequence[int]]] = []
         kept = self._kept_ends(model)
         for path, wrapper in _wrappers(model, ""):
             if id(wrapper) in kept:
@@ -203,14 +203,14 @@ class QuantizationSchedule(CompressionCallback):
             bits = next((bits for pattern, bits in self._stages if pattern.search(path)), [])
             for quantize in wrapper.weight_quantizers if bits else ():
                 if isinstance(quantize.quantizer, UniformQuantizer):
-                    found.append((quantize, bits))
-        if not found:
+                    annealed.append((quantize, bits))
+        if not annealed:
             raise ValueError(
                 f"Model '{model.name}' has no weights whose bits could anneal: no layer matches, or grids are binary "
                 "or ternary. "
                 f"Received: num_bits={self.num_bits}"
             )
-        return found
+        return annealed
 
     def _kept_ends(self, model) -> set[int]:
         """The first and the last layer, which keep their bits where others fall below four and no dict says more."""

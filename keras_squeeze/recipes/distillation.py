@@ -41,8 +41,8 @@ class Distillation(keras.layers.Layer):
             tiny = keras.config.epsilon()
             student, teacher = ops.log(student + tiny), ops.log(teacher + tiny)
         wanted = ops.log_softmax(teacher / self.temperature)
-        given = ops.log_softmax(student / self.temperature)
-        return self.temperature**2 * ops.mean(ops.sum(ops.exp(wanted) * (wanted - given), axis=-1))
+        log_probabilities = ops.log_softmax(student / self.temperature)
+        return self.temperature**2 * ops.mean(ops.sum(ops.exp(wanted) * (wanted - log_probabilities), axis=-1))
 
     def get_config(self):
         return {**super().get_config(), "weight": self.weight, "temperature": self.temperature, "kind": self.kind}
@@ -72,10 +72,10 @@ def distilled(student: keras.Model, teacher: keras.Model, weight: float, tempera
             f"Distillation is for models with one output. Received: model '{student.name}' with "
             f"{len(student.outputs)} outputs. Set distillation=0."
         )
-    kind = _kind(teacher)
+    output_kind = _kind(teacher)
     teacher = _frozen(teacher)
     inputs = keras.tree.map_structure(_like, functional_of(student)._inputs_struct)
-    output = Distillation(weight, temperature, kind, name="distillation")(
+    output = Distillation(weight, temperature, output_kind, name="distillation")(
         student(inputs), teacher(inputs, training=False)
     )
     model = keras.Model(inputs, output, name=f"distilled_{student.name}")

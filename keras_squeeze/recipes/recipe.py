@@ -102,18 +102,18 @@ class Recipe:
                 fit = run.trainer(step, count) if count else None
                 current = step.run(Task(current, model, run.sample, fit, directory))
             except (ValueError, TypeError) as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"Step {number} of the recipe, {step.kind}: {error}") from error
+                error_class = TypeError if isinstance(error, TypeError) else ValueError
+                raise error_class(f"Step {number} of the recipe, {step.kind}: {error}") from error
         compile_like(model, current)
         current.history = run.history
         return current
 
     def plan(self) -> dict[str, Any]:
         """What the recipe does to a model, as the dict that `advise` takes."""
-        found: dict[str, Any] = {}
+        intents: dict[str, Any] = {}
         for step in self.steps:
-            found |= step.intent()
-        return found
+            intents |= step.intent()
+        return intents
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as dicts, lists, strings and numbers."""
@@ -251,8 +251,8 @@ class _Run:
 
     def announce(self, text: str, epochs: int) -> None:
         if self._options.get("verbose", "auto"):
-            how = "without training" if not epochs else "1 epoch" if epochs == 1 else f"{epochs} epochs"
-            print(f"keras_squeeze: {text}: {how}")
+            duration = "without training" if not epochs else "1 epoch" if epochs == 1 else f"{epochs} epochs"
+            print(f"keras_squeeze: {text}: {duration}")
 
     def trainer(self, step: Step, epochs: int):
         """What trains a model for a step."""
@@ -271,8 +271,8 @@ class _Run:
         before, ran = len(self.history.epoch), len(history.epoch)
         self.history.epoch += [self._done + epoch for epoch in history.epoch]
         for name in dict.fromkeys([*self.history.history, *history.history]):
-            known = self.history.history.setdefault(name, [float("nan")] * before)
-            known += history.history.get(name, [float("nan")] * ran)
+            values = self.history.history.setdefault(name, [float("nan")] * before)
+            values += history.history.get(name, [float("nan")] * ran)
 
 
 class _Continued(keras.callbacks.Callback):
@@ -298,10 +298,10 @@ def _step(value) -> Step:
             f"0.8}}. Received: {value!r}"
         )
     fields = dict(value)
-    kind = fields.pop("step")
-    if kind not in KINDS:
-        raise ValueError(f"There is no step {kind!r}; there are {', '.join(KINDS)}. Received: {dict(value)!r}")
-    return KINDS[kind].from_dict(fields)
+    name = fields.pop("step")
+    if name not in KINDS:
+        raise ValueError(f"There is no step {name!r}; there are {', '.join(KINDS)}. Received: {dict(value)!r}")
+    return KINDS[name].from_dict(fields)
 
 
 def _check_order(steps: Sequence[Step]) -> None:
@@ -376,8 +376,8 @@ def _first(x, y):
 
 def _in_words(step: Step) -> str:
     """Without what has its default."""
-    given = {name: _word(getattr(step, name)) for name in step.to_dict() if name != "step"}
-    details = [text if name in ("schedule", "weights") else f"{name}={text}" for name, text in given.items()]
+    arguments = {name: _word(getattr(step, name)) for name in step.to_dict() if name != "step"}
+    details = [text if name in ("schedule", "weights") else f"{name}={text}" for name, text in arguments.items()]
     return f"{step.kind}({', '.join(details)})"
 
 

@@ -84,12 +84,12 @@ class Step(ABC):
         Raises:
             ValueError: a name that this kind of step does not have.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in values if name not in known]
+        field_names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in values if name not in field_names]
         if unknown:
             raise ValueError(
-                f"The step {cls.kind!r} has no {', '.join(map(repr, unknown))}. It has: {', '.join(known)}. Received: "
-                f"{dict(values)!r}"
+                f"The step {cls.kind!r} has no {', '.join(map(repr, unknown))}. It has: {', '.join(field_names)}. "
+                f"Received: {dict(values)!r}"
             )
         return cls(**{name: _object(value) for name, value in values.items()})
 
@@ -160,8 +160,8 @@ class PruneNeurons(TrainingStep):
 
     def _how(self, sample) -> dict[str, Any]:
         names = ("target_macs", "target_params", "layers", "allocation", "criterion", "round_to", "allow_inexact")
-        how = {name: getattr(self, name) for name in names}
-        return {**how, "data": sample}
+        kwargs = {name: getattr(self, name) for name in names}
+        return {**kwargs, "data": sample}
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ class PruneWeights(TrainingStep):
         return MagnitudePruning(self.schedule, **self._how(None))
 
     def _how(self, sample) -> dict[str, Any]:
-        how = {name: getattr(self, name) for name in ("layers", "allocation", "pattern", "criterion")}
-        return {**how, "data": sample}
+        kwargs = {name: getattr(self, name) for name in ("layers", "allocation", "pattern", "criterion")}
+        return {**kwargs, "data": sample}
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,12 @@ _before: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 @contextlib.contextmanager
 def remembering(model: keras.Model, masks: Iterable[tuple[Any, np.ndarray]]) -> Iterator[None]:
     """Notes what `masks` make zero inside of the context; when weights change after it, that is of no use any more."""
-    known = {id(weight): (gone, values) for weight, gone, values in _valid(model)}
+    valid = {id(weight): (gone, values) for weight, gone, values in _valid(model)}
     masked = []
     for weight, keep in masks:
         values = np.array(read(weight))
-        if id(weight) in known:
-            gone, earlier = known[id(weight)]
+        if id(weight) in valid:
+            gone, earlier = valid[id(weight)]
             values[gone] = earlier
         masked.append((weight, ~keep, values[~keep]))
     yield
@@ -67,26 +67,26 @@ def shifts(model: keras.Model, graph: ChannelGraph, kept: np.ndarray, data) -> l
     counts: dict[int, int] = {}
 
     def see(layer, channels, values) -> None:
-        place = id(channels)
-        sums[place] = sums.get(place, 0.0) + values.sum(axis=0, dtype="float64")
-        counts[place] = counts.get(place, 0) + len(values)
+        tensor_key = id(channels)
+        sums[tensor_key] = sums.get(tensor_key, 0.0) + values.sum(axis=0, dtype="float64")
+        counts[tensor_key] = counts.get(tensor_key, 0) + len(values)
 
     with changed(_unmasked(masked)):
         observe(model, graph, inputs_only(model, data), None, see)
     if not all(np.isfinite(total).all() for total in sums.values()):
         raise ValueError("`compensate` gives activations that are not finite: look for NaN or infinity in the data.")
-    found: dict[int, list[Shift]] = {}
-    for each in graph.reads:
-        place, channels = id(each.channels), each.channels
-        if place not in sums:
+    by_weight: dict[int, list[Shift]] = {}
+    for usage in graph.reads:
+        tensor_key, channels = id(usage.channels), usage.channels
+        if tensor_key not in sums:
             continue
-        missing = sums[place] / counts[place] - np.nan_to_num(channels.constants)
+        missing = sums[tensor_key] / counts[tensor_key] - np.nan_to_num(channels.constants)
         missing = np.where(kept[channels.ids], 0.0, missing)
-        kernel = np.moveaxis(graph.value(each.kernel), (each.in_axis, each.out_axis), (-2, -1))
+        kernel = np.moveaxis(graph.value(usage.kernel), (usage.in_axis, usage.out_axis), (-2, -1))
         shift = np.einsum("kio,i->o", kernel.reshape(-1, *kernel.shape[-2:]), missing)
-        found.setdefault(id(each.bias), []).append((each.bias, shift))
+        by_weight.setdefault(id(usage.bias), []).append((usage.bias, shift))
     # A layer that is called several times has one bias for all calls.
-    return [(calls[0][0], np.mean([shift for _, shift in calls], axis=0)) for calls in found.values()]
+    return [(calls[0][0], np.mean([shift for _, shift in calls], axis=0)) for calls in by_weight.values()]
 
 
 def recalibrate(model: keras.Model, data) -> None:
@@ -128,12 +128,12 @@ def _checksum(model: keras.Model) -> int:
 
 def _unmasked(masked) -> list[tuple[Any, np.ndarray]]:
     """Weights, and what they were before they were masked."""
-    found = []
+    slices = []
     for weight, gone, earlier in masked:
         values = np.array(read(weight))
         values[gone] = earlier
-        found.append((weight, values))
-    return found
+        slices.append((weight, values))
+    return slices
 
 
 @contextlib.contextmanager

@@ -142,8 +142,10 @@ def write_files(
 def evaluate(model: keras.Model, validation_data) -> dict[str, float]:
     """The metrics of a compiled model by name, on all the data."""
     parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
-    found = model.evaluate(*parts[:2], sample_weight=parts[2] if len(parts) > 2 else None, verbose=0, return_dict=True)
-    return {name: float(value) for name, value in found.items()}
+    metrics = model.evaluate(
+        *parts[:2], sample_weight=parts[2] if len(parts) > 2 else None, verbose=0, return_dict=True
+    )
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def export_smallest(model: keras.Model, path, *, calibration_data=None, allow_float: bool = False) -> ExportResult:
@@ -154,11 +156,11 @@ def export_smallest(model: keras.Model, path, *, calibration_data=None, allow_fl
     """
     wrappers = [layer for layer in model._flatten_layers() if isinstance(layer, QuantizeAware)]
     bits = [layer.weight_quantizer.bits for layer in wrappers if layer.weight_quantizer is not None]
-    how = {"calibration_data": calibration_data, "allow_float": allow_float}
+    kwargs = {"calibration_data": calibration_data, "allow_float": allow_float}
     if bits and min(bits) <= _FEW_BITS:
         with contextlib.suppress(ValueError):
-            return export(model, path, precision="int4", **how)
-    return export(model, path, **how)
+            return export(model, path, precision="int4", **kwargs)
+    return export(model, path, **kwargs)
 
 
 def _export(model, path, calibration_data, needed: bool) -> tuple[ExportResult | None, str]:

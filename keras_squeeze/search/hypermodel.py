@@ -92,21 +92,21 @@ class CompressionHyperModel(keras_tuner.HyperModel):
         Raises:
             TypeError, ValueError: budgets that contradict each other, or that are none.
         """
-        found = Budgets.of(**budgets)
+        all_budgets = Budgets.of(**budgets)
         if forgiving is not None and (isinstance(forgiving, bool) or not forgiving > 0):
             raise ValueError(f"`forgiving` must be None or percent, above 0. Received: forgiving={forgiving!r}")
         details = [f"forgiving {forgiving:g} %"] if forgiving else []
-        details += [found.text()] if budgets else []
+        details += [all_budgets.text()] if budgets else []
         name = f"score({', '.join(details)})" if details else "score"
-        self._objectives[name] = found, forgiving
+        self._objectives[name] = all_budgets, forgiving
         return keras_tuner.Objective(name, "max")
 
     def build(self, hp):
         """Declares the hyperparameters; a fresh copy of the model, or what was trained with them before."""
         self.space.recipe(hp)
-        known = self._finished.get(hp.values.get(_PARENT)) or self._finished.get(_key(hp))
-        if known is not None:
-            model = keras.models.load_model(known / _TRAINED, compile=False)
+        finished = self._finished.get(hp.values.get(_PARENT)) or self._finished.get(_key(hp))
+        if finished is not None:
+            model = keras.models.load_model(finished / _TRAINED, compile=False)
         else:
             model = keras.models.clone_model(self.model)
             model.set_weights(self.model.get_weights())
@@ -127,8 +127,8 @@ class CompressionHyperModel(keras_tuner.HyperModel):
         with contextlib.ExitStack() as stack:
             folder = tuner.get_trial_dir(trial.trial_id) if tuner else stack.enter_context(_temporary())
             data = {"x": x, "y": y, "validation_data": validation_data}
-            how = {"epochs": epochs, "callbacks": others, **options}
-            trained, result = self.run(recipe, folder, **data, continued=run, model=source, **how)
+            kwargs = {"epochs": epochs, "callbacks": others, **options}
+            trained, result = self.run(recipe, folder, **data, continued=run, model=source, **kwargs)
             if saver is not None:
                 trained.save(pathlib.Path(folder, _TRAINED))
                 saver.set_model(trained)
@@ -220,9 +220,9 @@ def split_validation(x, y, options: dict[str, Any], validation_data):
     begin = int(size * (1 - part))
     if not 0 < begin < size:
         raise errors.FatalValueError(f"`validation_split` must be in (0, 1). Received: validation_split={part}")
-    given = (x, y) if weights is None else (x, y, weights)
+    data = (x, y) if weights is None else (x, y, weights)
     first, last = (
-        keras.tree.map_structure(operator.itemgetter(bounds), given)
+        keras.tree.map_structure(operator.itemgetter(bounds), data)
         for bounds in (slice(None, begin), slice(begin, None))
     )
     return (*first, None)[:3], last
@@ -267,13 +267,13 @@ def _checked(model) -> keras.Model:
 
 
 def _find_metric(model: keras.Model, metric: str | None) -> str:
-    known = [*_names(model._compile_config.config.get("metrics")), "loss"]
+    names = [*_names(model._compile_config.config.get("metrics")), "loss"]
     if metric is None:
-        return known[0]
+        return names[0]
     name = metric.removeprefix("val_") if isinstance(metric, str) else metric
-    if name not in known:
+    if name not in names:
         raise ValueError(
-            f"Model '{model.name}' was not compiled with this metric. It has: {', '.join(known)}. Received: "
+            f"Model '{model.name}' was not compiled with this metric. It has: {', '.join(names)}. Received: "
             f"metric={metric!r}"
         )
     return name
@@ -285,12 +285,12 @@ def _names(metrics) -> list[str]:
         return []
     if isinstance(metrics, dict):
         return [f"{output}_{name}" for output, part in metrics.items() for name in _names(part)]
-    found = []
+    names = []
     for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
         if isinstance(metric, str):
-            found.append(metric)
+            names.append(metric)
         elif isinstance(metric, (list, tuple)):
-            found += _names(metric)
+            names += _names(metric)
         elif metric is not None:
-            found.append(str(getattr(metric, "name", None) or getattr(metric, "__name__", metric)))
-    return found
+            names.append(str(getattr(metric, "name", None) or getattr(metric, "__name__", metric)))
+    return names

@@ -167,8 +167,8 @@ class Budgets:
         """
         missing = [metric for metric, _, _ in self.limits if metric not in metrics]
         if missing:
-            known = ", ".join(sorted(metrics)) or "none"
-            raise ValueError(f"There is a budget for {', '.join(missing)}, but the metrics are: {known}.")
+            names = ", ".join(sorted(metrics)) or "none"
+            raise ValueError(f"There is a budget for {', '.join(missing)}, but the metrics are: {names}.")
         return sum(_violation(metrics[metric], kind, limit) for metric, kind, limit in self.limits)
 
     def met_by(self, metrics: Mapping[str, float]) -> bool:

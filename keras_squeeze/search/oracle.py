@@ -101,8 +101,8 @@ class ParetoOracle(ResumableOracle):
         """
         with self.lock:
             complete = [completed_recipe(self.hyperparameters.space, recipe) for recipe in recipes]
-            known = self._tried() | {identity(values) for values in self._queue}
-            new = {identity(values): values for values in complete if identity(values) not in known}
+            seen = self._tried() | {identity(values) for values in self._queue}
+            new = {identity(values): values for values in complete if identity(values) not in seen}
             self._queue += new.values()
             return len(new)
 
@@ -119,8 +119,8 @@ class ParetoOracle(ResumableOracle):
             seed=int(np.random.SeedSequence([abs(self.seed), len(self.start_order)]).generate_state(1)[0]),
             max_trials=self.max_trials,
         )
-        found = proposer.propose([self._observation(self.trials[trial_id]) for trial_id in self.start_order])
-        return {"status": TrialStatus.STOPPED if found is None else TrialStatus.RUNNING, "values": found}
+        proposal = proposer.propose([self._observation(self.trials[trial_id]) for trial_id in self.start_order])
+        return {"status": TrialStatus.STOPPED if proposal is None else TrialStatus.RUNNING, "values": proposal}
 
     def update_trial(self, trial_id: str, metrics: Mapping[str, float], step: int = 0) -> Trial:
         """Takes what a trial measured, or how it is doing.
@@ -225,8 +225,8 @@ class ParetoOracle(ResumableOracle):
 
     def _direction(self, name: str) -> str:
         """For metrics beside the objectives a guess does no harm: nothing is chosen by them."""
-        known = {objective.name: objective.direction for objective in self.objectives}
+        directions = {objective.name: objective.direction for objective in self.objectives}
         try:
-            return known[name] if name in known else direction_of(name)
+            return directions[name] if name in directions else direction_of(name)
         except ValueError:
             return "min"

@@ -79,10 +79,10 @@ class Proposer:
                 if identity(values) not in tried:
                     return values
         everything = list(itertools.islice(configurations(self.space), _ENUMERABLE + 1))
-        left = [values for values in everything if identity(values) not in tried]
-        if not left or len(everything) > _ENUMERABLE:
+        untried = [values for values in everything if identity(values) not in tried]
+        if not untried or len(everything) > _ENUMERABLE:
             return None
-        return left[np.random.default_rng(self.seed).integers(len(left))]
+        return untried[np.random.default_rng(self.seed).integers(len(untried))]
 
     def _random(self, count: int) -> Iterator[dict[str, Any]]:
         rng = np.random.default_rng(self.seed)
@@ -193,8 +193,8 @@ def _as_params(space: Sequence[Any], values: Mapping[str, Any]) -> tuple[dict[st
                 continue
             with contextlib.suppress(ValueError):
                 value = nearest(hp, values[hp.name])
-                place = min(max(hp.value_to_prob(value), 0.0), 1.0) if allowed is None else allowed.index(value)
-                params[_key(hp)], distributions[_key(hp)] = place, _distribution(hp)
+                parameter = min(max(hp.value_to_prob(value), 0.0), 1.0) if allowed is None else allowed.index(value)
+                params[_key(hp)], distributions[_key(hp)] = parameter, _distribution(hp)
     return params, distributions
 
 

@@ -31,12 +31,12 @@ def first_configurations(profile: Sensitivity, space: CompressionSpace) -> list[
         {**_neurons(profile, space, _STRONGEST), **_sparsity(profile, space, _MILD)},
         {**_neurons(profile, space, 0.0), **many},
     ]
-    found: list[dict[str, Any]] = []
+    configurations: list[dict[str, Any]] = []
     for bits in _bits(space):
         for values in ({**bits, **part} for part in removed):
-            if values and values not in found:
-                found.append(values)
-    return found
+            if values and values not in configurations:
+                configurations.append(values)
+    return configurations
 
 
 def _neurons(profile: Sensitivity, space: CompressionSpace, part: float) -> dict[str, Any]:
@@ -50,11 +50,11 @@ def _sparsity(profile: Sensitivity, space: CompressionSpace, part: float, *, hal
     """Of each group as much as it bears, or of what it then has left the half as well."""
     if not space.sparsity.varies:
         return {}
-    found = {}
+    fractions = {}
     for name, layer in _by_group(profile, space):
         sparsity = profile.strongest(layer, "sparsity", part * abs(profile.base)) or 0.0
-        found[name] = nearest(space.sparsity, (1 + sparsity) / 2 if half_of_the_rest else sparsity)
-    return found
+        fractions[name] = nearest(space.sparsity, (1 + sparsity) / 2 if half_of_the_rest else sparsity)
+    return fractions
 
 
 def _by_group(profile: Sensitivity, space: CompressionSpace) -> Iterable[tuple[str, str]]:

@@ -162,10 +162,10 @@ class CompressionSpace:
         values = read_mapping(path)
         if not isinstance(values, Mapping):
             raise TypeError(f"{path} must hold names and values such as `neurons: [0.0, 0.7]`. Received: {values!r}")
-        known = list(cls().to_dict())
-        unknown = [name for name in values if name not in known]
+        names = list(cls().to_dict())
+        unknown = [name for name in values if name not in names]
         if unknown:
-            raise ValueError(f"{path}: a space has {', '.join(known)}. Received: {', '.join(map(repr, unknown))}")
+            raise ValueError(f"{path}: a space has {', '.join(names)}. Received: {', '.join(map(repr, unknown))}")
         try:
             return cls(**values)
         except (TypeError, ValueError) as error:
@@ -245,8 +245,8 @@ class CompressionSpace:
 
     def __repr__(self) -> str:
         default = {name: p.default for name, p in _parameters().items()}
-        given = [f"{name}={value!r}" for name, value in self._given.items() if value != default[name]]
-        return f"CompressionSpace({', '.join(given)})"
+        arguments = [f"{name}={value!r}" for name, value in self._given.items() if value != default[name]]
+        return f"CompressionSpace({', '.join(arguments)})"
 
 
 def _parameters():
@@ -278,16 +278,16 @@ def _numbers(name: str, value, *, below: float = float("inf"), inclusive: bool =
     else:
         is_range = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    for each in values:
-        if not checks.is_number(each):
+    for number in values:
+        if not checks.is_number(number):
             raise TypeError(f"`{name}` must be a number, two for a range, or choices. Received: {name}={value!r}")
-        if not (0 <= each < below or (inclusive and each == below)):
+        if not (0 <= number < below or (inclusive and number == below)):
             limit = f"[0, {below:g}{']' if inclusive else ')'}" if below < float("inf") else "at least 0"
             raise ValueError(f"`{name}` must be {'in ' if below < float('inf') else ''}{limit}. Received: {value!r}")
     if not values:
         raise ValueError(f"`{name}` has no values. Received: {name}={value!r}")
     if not is_range:
-        return Dimension(name, tuple(dict.fromkeys(float(each) for each in values)))
+        return Dimension(name, tuple(dict.fromkeys(float(number) for number in values)))
     low, high = map(float, values)
     if low > high:
         raise ValueError(f"The range of `{name}` ends before it begins. Received: {name}={value!r}")
@@ -306,20 +306,20 @@ def _explicit(name: str, value: Mapping) -> tuple[list, float | None, bool]:
 def _rate(name: str, value) -> Dimension:
     if value is None:
         return Dimension(name, (None,))
-    found = _numbers(name, value)
-    if 0 in found.choices or (not found.choices and found.low == 0):
+    dimension = _numbers(name, value)
+    if 0 in dimension.choices or (not dimension.choices and dimension.low == 0):
         raise ValueError(f"`{name}` must be above 0. Received: {name}={value!r}")
-    return Dimension(name, found.choices, found.low, found.high, logarithmic=not found.choices)
+    return Dimension(name, dimension.choices, dimension.low, dimension.high, logarithmic=not dimension.choices)
 
 
 def _bits(name: str, value, least: int = 1) -> Dimension:
     values = value["values"] if isinstance(value, Mapping) and set(value) == {"values"} else value
     values = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
-    values = [FLOAT_BITS if each is None else each for each in values]
-    for each in values:
-        if not checks.is_int(each):
+    values = [FLOAT_BITS if bits is None else bits for bits in values]
+    for bits in values:
+        if not checks.is_int(bits):
             raise TypeError(f"`{name}` must be whole numbers of bits, or None for float. Received: {name}={value!r}")
-        if not least <= each <= 16 and each != FLOAT_BITS:
+        if not least <= bits <= 16 and bits != FLOAT_BITS:
             raise ValueError(f"`{name}` must be in [{least}, 16], or None for float. Received: {name}={value!r}")
     if not values:
         raise ValueError(f"`{name}` has no values; None leaves it in float. Received: {name}={value!r}")

@@ -235,8 +235,8 @@ class CompressionTuner(keras_tuner.Tuner):
         results = self.results()
         for name in (x, y):
             if results and name not in results[0].metrics:
-                known = ", ".join(results[0].metrics)
-                raise ValueError(f"There is no metric {name!r}; there are {known}.")
+                names = ", ".join(results[0].metrics)
+                raise ValueError(f"There is no metric {name!r}; there are {names}.")
         front = {result.directory for result in self.pareto_front()}
         points = [plots.FrontPoint(r.metrics[x], r.metrics[y], r.directory in front) for r in results]
         before = self._before()
@@ -299,12 +299,12 @@ class CompressionTuner(keras_tuner.Tuner):
         """What the search begins with, in the same files and by the same measures."""
         folder = pathlib.Path(self.project_dir, "before")
         if (folder / "metrics.json").is_file():
-            known, given = Result.read(folder).load_model(), self.hypermodel.model
-            if [v.shape for v in known.weights] != [v.shape for v in given.weights]:
+            stored, original = Result.read(folder).load_model(), self.hypermodel.model
+            if [v.shape for v in stored.weights] != [v.shape for v in original.weights]:
                 raise ValueError(
                     f"{self.project_dir} holds a search that began with a model of another shape, of "
-                    f"{known.count_params():,} parameters. Choose another directory, or pass overwrite=True. Received: "
-                    f"model '{given.name}' of {given.count_params():,} parameters"
+                    f"{stored.count_params():,} parameters. Choose another directory, or pass overwrite=True. "
+                    f"Received: model '{original.name}' of {original.count_params():,} parameters"
                 )
             return
         write_result(
@@ -326,8 +326,8 @@ class CompressionTuner(keras_tuner.Tuner):
         """Puts the first configurations in line."""
         if not self._profiled or self._whole_oracle.trials:
             return
-        how = {"metric": self.hypermodel.metric, "groups": self.hypermodel.space.groups or None}
-        profile = profile_of(self.hypermodel.model, _validation(args, kwargs), **how)
+        options = {"metric": self.hypermodel.metric, "groups": self.hypermodel.space.groups or None}
+        profile = profile_of(self.hypermodel.model, _validation(args, kwargs), **options)
         pathlib.Path(self.project_dir, "sensitivity.json").write_text(json.dumps(profile.to_dict(), indent=2))
         count = self._whole_oracle.enqueue(first_configurations(profile, self.hypermodel.space))
         say(f"keras_squeeze: the first {count} trials come from a sensitivity profile of the model")
@@ -353,8 +353,8 @@ class CompressionTuner(keras_tuner.Tuner):
         oracle.check_failures(enough=1)
         results = self.results()
         if results and oracle.budgets.limits and not oracle.completed_trials(oracle.budgets):
-            found = extremes(results, oracle.budgets)
-            self._say(f"keras_squeeze: no trial keeps {oracle.budgets.text()}. {found}")
+            extreme_values = extremes(results, oracle.budgets)
+            self._say(f"keras_squeeze: no trial keeps {oracle.budgets.text()}. {extreme_values}")
 
     def _outlook(self) -> str:
         """The front, the best within the budgets, and the time that is left."""
@@ -365,9 +365,9 @@ class CompressionTuner(keras_tuner.Tuner):
             best = max((trial.score for trial in inside), default=None)
             parts.append("nothing within the budgets yet" if best is None else f"best within the budgets {best:.4g}")
         done = self._told - self._told_before
-        left = oracle.max_trials - self._told
-        if left and done:
-            parts.append(f"about {duration((time.monotonic() - self._began) / done * left)} left")
+        remaining = oracle.max_trials - self._told
+        if remaining and done:
+            parts.append(f"about {duration((time.monotonic() - self._began) / done * remaining)} left")
         return "; ".join(parts)
 
 
@@ -384,11 +384,11 @@ def _validation(args, kwargs):
 
 
 def _check_objectives(oracle: ParetoOracle, hypermodel: CompressionHyperModel) -> None:
-    known = hypermodel.metrics
+    metrics = hypermodel.metrics
     for name in [*(objective.name for objective in oracle.objectives), *(name for name, _, _ in oracle.budgets.limits)]:
-        if name not in known:
+        if name not in metrics:
             raise ValueError(
-                f"The search measures {', '.join(known)}. Received: an objective or a budget for {name!r}."
+                f"The search measures {', '.join(metrics)}. Received: an objective or a budget for {name!r}."
             )
 
 

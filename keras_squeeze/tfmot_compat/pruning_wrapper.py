@@ -179,11 +179,11 @@ def _check_layer(layer) -> None:
     if not isinstance(layer, keras.Layer) or isinstance(layer, (keras.Model, PruneLowMagnitude)):
         raise ValueError(f"`PruneLowMagnitude` wraps one layer, not wrapped yet. Received: {layer!r}")
     if not can_be_pruned(layer):
-        kind = type(layer).__name__
+        class_name = type(layer).__name__
         raise ValueError(
-            f"'{layer.name}': it is not known which weights of a {kind} can be pruned. Derive {kind} from "
+            f"'{layer.name}': it is not known which weights of a {class_name} can be pruned. Derive {class_name} from "
             "tfmot.sparsity.keras.PrunableLayer, which asks for `get_prunable_weights`, or name them: "
-            f"keras_squeeze.register_layer({kind}, [names of its weights]). Received: {layer!r}"
+            f"keras_squeeze.register_layer({class_name}, [names of its weights]). Received: {layer!r}"
         )
 
 

@@ -133,6 +133,6 @@ def _with_training(signature: inspect.Signature) -> inspect.Signature:
     parameters = list(signature.parameters.values())
     if "training" in signature.parameters:
         return signature
-    place = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    parameters.insert(place, inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None))
+    index = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters.insert(index, inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None))
     return signature.replace(parameters=parameters)

@@ -233,12 +233,12 @@ class FitRun:
         return self._logs
 
     def _sum_up(self) -> dict[str, float]:
-        found: dict[str, dict[Hashable, tuple[int, int]]] = {}
+        by_name: dict[str, dict[Hashable, tuple[int, int]]] = {}
         for callback in self.callbacks:
             for name, parts in callback.progress().items():
-                known = found.setdefault(name, {})
-                known.update((key, max(pair, known.get(key, pair))) for key, pair in parts.items())
-        return {name: sum_fractions(parts) for name, parts in found.items()}
+                counts = by_name.setdefault(name, {})
+                counts.update((key, max(pair, counts.get(key, pair))) for key, pair in parts.items())
+        return {name: sum_fractions(parts) for name, parts in by_name.items()}
 
     def note_validation(self, epoch: int, logs: Mapping[str, float] | None) -> None:
         """Keeps the validation metrics from before the first change (or of the first epoch) and the latest ones."""

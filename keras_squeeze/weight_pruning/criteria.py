@@ -163,9 +163,9 @@ def get(identifier) -> Criterion:
     if isinstance(identifier, Criterion):
         return identifier
     if isinstance(identifier, dict):
-        found = keras.saving.deserialize_keras_object(identifier)
-        if isinstance(found, Criterion):
-            return found
+        criterion = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(criterion, Criterion):
+            return criterion
     if isinstance(identifier, str):
         return _BY_NAME[checks.one_of("criterion", identifier, _BY_NAME)]()
     raise TypeError(f"`criterion` must be a name or a criterion from keras_squeeze.criteria. Received: {identifier!r}")

@@ -57,8 +57,8 @@ def _nth_largest(arrays: Sequence[np.ndarray], n: int) -> tuple[np.float32, int,
     total = sum(array.size for array in arrays)
     if total < _SMALL:
         return _nth_of(np.concatenate(arrays), n)
-    found = _nth_largest_between(arrays, n, *_bracket(arrays, total, n))
-    return found or _nth_largest_by_radix(arrays, n)
+    nth = _nth_largest_between(arrays, n, *_bracket(arrays, total, n))
+    return nth or _nth_largest_by_radix(arrays, n)
 
 
 def _nth_of(values: np.ndarray, n: int) -> tuple[np.float32, int, int]:
@@ -75,10 +75,10 @@ def _bracket(arrays: Sequence[np.ndarray], total: int, n: int) -> tuple[np.float
         first = (first - array.size) % stride
     sample = np.sort(np.concatenate(parts))
     share_below = 1 - n / total
-    place = share_below * sample.size
+    position = share_below * sample.size
     margin = 4 * math.sqrt(sample.size * share_below * (1 - share_below)) + 2
-    low = sample[max(int(place - margin), 0)]
-    high = sample[min(int(place + margin), sample.size - 1)]
+    low = sample[max(int(position - margin), 0)]
+    high = sample[min(int(position + margin), sample.size - 1)]
     if low == sample[0]:  # most likely the zeros of what is pruned already: too many to gather, and none is it
         with np.errstate(over="ignore"):  # infinity follows the largest float
             low = np.nextafter(low, np.float32(np.inf))
