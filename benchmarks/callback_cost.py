@@ -18,7 +18,7 @@ import numpy as np
 import tables
 from measuring import Bar, Estimate, advance, bars_table, own_process, progress_bar, warn_if_busy
 from rich.console import Console
-from training_fits import _NETWORKS, _SHAPES
+from training_fits import FIT_NETWORKS, FIT_SHAPES
 
 NAMES = {"mlp": "MLP 784-1024-1024-10", "resnet8": "ResNet-8, 32x32x3"}
 LENGTHS = {100: 0.10, 600: 0.03, 5000: 0.03}  # optimizer steps and the highest cost that is promised
@@ -43,7 +43,7 @@ class Cell:
         """Builds and compiles the network."""
         import keras
 
-        model = _NETWORKS[self.network](keras)
+        model = FIT_NETWORKS[self.network](keras)
         model.compile(keras.optimizers.Adam(), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         return model
 
@@ -186,7 +186,7 @@ def _data(cell: Cell, steps: int):
     """Noise: the time of a step does not depend on what is learned."""
     rng = np.random.default_rng(0)
     count = steps * cell.batch
-    return rng.random((count, *_SHAPES[cell.network]), dtype="float32"), rng.integers(10, size=count)
+    return rng.random((count, *FIT_SHAPES[cell.network]), dtype="float32"), rng.integers(10, size=count)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 import tables
 from characters import CLASSES, SIZE
 from measuring import Bar, advance, bars_table, own_process, progress_bar
-from neuron_criteria import CRITERIA, Mean, Plan, _compile, _data, _network, _one_thread
+from networks import build_characters, compile_network, use_one_thread
+from neuron_criteria import CRITERIA, Mean, Plan, load_data
 from rich.console import Console
 
 FRACTIONS = (0.25, 0.5)
@@ -19,7 +20,7 @@ PICTURES = 1024
 
 def _build(keras, network: str):
     if network == NETWORKS[0]:
-        return _network(keras)
+        return build_characters(keras)
     layers = keras.layers
     blocks = [
         layers.Conv2D(filters, size, strides=2, padding="same", activation="relu")
@@ -35,8 +36,8 @@ def train(plan: Plan, network: str, seed: int) -> tuple[list[np.ndarray], float]
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    model = _compile(keras, _build(keras, network), 2e-3)
-    train_data, test = _data(plan)
+    model = compile_network(keras, _build(keras, network), 2e-3)
+    train_data, test = load_data(plan)
     model.fit(*train_data, batch_size=128, epochs=plan.dense_epochs, verbose=0)
     return model.get_weights(), 100 * model.evaluate(*test, batch_size=512, verbose=0)[1]
 
@@ -50,8 +51,8 @@ def shrink(plan: Plan, network: str, weights: list[np.ndarray], criterion: str, 
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
-    (x, y), test = _data(plan)
-    model = _compile(keras, _build(keras, network), 1e-3)
+    (x, y), test = load_data(plan)
+    model = compile_network(keras, _build(keras, network), 1e-3)
     model.set_weights(weights)
     data = x[:PICTURES], y[:PICTURES]
     ks.prune_neurons(model, fraction, criterion=criterion, allocation="uniform", data=data)
@@ -69,7 +70,7 @@ def main() -> None:
     console = Console()
     rows, bars = [], []
     with own_process() as process, progress_bar(console) as progress:
-        process.submit(_one_thread).result()
+        process.submit(use_one_thread).result()
         criteria = {name: [c for c in CRITERIA if name == NETWORKS[0] or c != "batch_norm_scale"] for name in NETWORKS}
         count = sum(map(len, criteria.values()))
         task = progress.add_task("networks", total=seeds * (len(NETWORKS) + count * len(FRACTIONS)))

@@ -14,9 +14,9 @@ import numpy as np
 import tables
 from characters import SIZE
 from measuring import Bar, Estimate, advance, bars_table, own_process, progress_bar, warn_if_busy
-from quantization_overhead import _library, _small
+from quantization_overhead import library_model, small_model
 from rich.console import Console
-from shrunk_latency import _build
+from shrunk_latency import build_parent
 
 SMALL = "two convolutions, 28x28"
 _WARM_UP = 20
@@ -49,7 +49,7 @@ def write_files(case: Case, folder: str) -> list[str]:
 
     import keras_squeeze as ks
 
-    parent = _build(case.network)
+    parent = build_parent(case.network)
     ks.export(parent, Path(folder, "float.tflite"))
     if case.fraction:
         ks.prune_neurons(parent, case.fraction, allocation="uniform", round_to=8)
@@ -64,9 +64,9 @@ def write_files(case: Case, folder: str) -> list[str]:
 
 def write_small(library: str, folder: str) -> None:
     """The small network of `quantization_overhead.py`, quantized by one library and trained for a few steps."""
-    keras, quantize = _library(library)
+    keras, quantize = library_model(library)
     keras.utils.set_random_seed(0)
-    plain = _small(keras)
+    plain = small_model(keras)
     q = quantize(plain)
     q.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     rng = np.random.default_rng(0)

@@ -14,9 +14,7 @@ import numpy as np
 import tables
 from characters import characters
 from measuring import Bar, advance, bars_table, progress_bar, warn_if_busy
-from networks import build_characters as _network
-from networks import compile_network as _compile
-from networks import use_one_thread as _one_thread
+from networks import build_characters, compile_network, use_one_thread
 from rich.console import Console
 
 LIMIT = 0.5  # points
@@ -53,7 +51,7 @@ class Mean:
 
 
 @functools.lru_cache(maxsize=1)
-def _data(plan: Plan):
+def load_data(plan: Plan):
     return characters(plan.train, seed=1), characters(plan.test, seed=2)
 
 
@@ -63,8 +61,8 @@ def train_dense(plan: Plan, seed: int) -> list[np.ndarray]:
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    model = _compile(keras, _network(keras), 2e-3)
-    model.fit(*_data(plan)[0], batch_size=128, epochs=plan.dense_epochs, verbose=0)
+    model = compile_network(keras, build_characters(keras), 2e-3)
+    model.fit(*load_data(plan)[0], batch_size=128, epochs=plan.dense_epochs, verbose=0)
     return model.get_weights()
 
 
@@ -76,8 +74,8 @@ def train_on(plan: Plan, seed: int, weights: list[np.ndarray], criterion: str | 
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    train, test = _data(plan)
-    model = _compile(keras, _network(keras), 1e-3)
+    train, test = load_data(plan)
+    model = compile_network(keras, build_characters(keras), 1e-3)
     model.set_weights(weights)
     callbacks = []
     if criterion:
@@ -87,7 +85,7 @@ def train_on(plan: Plan, seed: int, weights: list[np.ndarray], criterion: str | 
     model.fit(*train, batch_size=128, epochs=plan.pruning_epochs, verbose=0, callbacks=callbacks)
     if criterion:
         model = ks.shrink(model)
-    model = _compile(keras, model, 1e-3)
+    model = compile_network(keras, model, 1e-3)
     decay = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 1e-3 * (1 - epoch / plan.tuning_epochs))
     model.fit(*train, batch_size=128, epochs=plan.tuning_epochs, verbose=0, callbacks=[decay])
     return 100 * model.evaluate(*test, batch_size=512, verbose=0)[1], model.count_params()
@@ -111,7 +109,7 @@ def main() -> None:
     accuracy: dict = {name: [] for name in names}
     parameters = {}
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.processes, mp_context=context, initializer=_one_thread)
+    pool = ProcessPoolExecutor(args.processes, mp_context=context, initializer=use_one_thread)
     with pool, progress_bar(console) as progress:
         task = progress.add_task("trainings", total=args.seeds * (1 + len(names)))
         dense = [pool.submit(train_dense, args.plan, seed) for seed in range(args.seeds)]

@@ -14,7 +14,8 @@ import numpy as np
 import tables
 from characters import SIZE, characters
 from measuring import Bar, advance, bars_table, own_process, progress_bar, warn_if_busy
-from neuron_criteria import Mean, Plan, _compile, _one_thread
+from networks import compile_network, use_one_thread
+from neuron_criteria import Mean, Plan
 from rich.console import Console
 
 SPARSITY = 0.92
@@ -95,11 +96,11 @@ def pack_lenet(plan: Plan, seed: int) -> tuple[float, float, int, int]:
     hidden = [layers.Dense(units, activation="relu") for units in (300, 100)]
     first = keras.Sequential([keras.Input((SIZE, SIZE, 1)), layers.Flatten(), *hidden, layers.Dense(DIGITS)])
     train, test = _digits(plan)
-    _compile(keras, first, RATE).fit(*train, batch_size=BATCH, epochs=plan.dense_epochs, verbose=0)
+    compile_network(keras, first, RATE).fit(*train, batch_size=BATCH, epochs=plan.dense_epochs, verbose=0)
 
     def train_on(model, *callbacks):
         steps = plan.tuning_epochs * -(-plan.train // BATCH)
-        _compile(keras, model, keras.optimizers.schedules.PolynomialDecay(RATE, steps, 0.0))
+        compile_network(keras, model, keras.optimizers.schedules.PolynomialDecay(RATE, steps, 0.0))
         model.fit(*train, batch_size=BATCH, epochs=plan.tuning_epochs, verbose=0, callbacks=list(callbacks))
         return model
 
@@ -137,7 +138,7 @@ def main() -> None:
             )
             bars.append(Bar(f"{case.name}: bytes over float32's", case.limit, Mean.of([size / whole]), digits=4))
             advance(progress, task)
-        trainer.submit(_one_thread).result()
+        trainer.submit(use_one_thread).result()
         found = []
         for seed in range(args.seeds):
             found.append(trainer.submit(pack_lenet, args.plan, seed).result())

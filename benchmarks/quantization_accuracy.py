@@ -15,7 +15,8 @@ import numpy as np
 import tables
 from characters import CLASSES, SIZE
 from measuring import Bar, advance, bars_table, progress_bar, warn_if_busy
-from neuron_criteria import Mean, Plan, _compile, _data, _network, _one_thread
+from networks import build_characters, compile_network, use_one_thread
+from neuron_criteria import Mean, Plan, load_data
 from rich.console import Console
 
 CALIBRATION = 1024  # images
@@ -76,7 +77,7 @@ def _mlp(keras):
     return keras.Sequential([keras.Input((SIZE, SIZE, 1)), layers.Flatten(), *hidden, layers.Dense(len(CLASSES))])
 
 
-NETWORKS = {"convolutions": _network, "MLP": _mlp}
+NETWORKS = {"convolutions": build_characters, "MLP": _mlp}
 
 
 def train_first(plan: Plan, seed: int, network: str) -> list[np.ndarray]:
@@ -85,8 +86,8 @@ def train_first(plan: Plan, seed: int, network: str) -> list[np.ndarray]:
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    model = _compile(keras, NETWORKS[network](keras), 2e-3)
-    model.fit(*_data(plan)[0], batch_size=BATCH, epochs=plan.dense_epochs, verbose=0)
+    model = compile_network(keras, NETWORKS[network](keras), 2e-3)
+    model.fit(*load_data(plan)[0], batch_size=BATCH, epochs=plan.dense_epochs, verbose=0)
     return model.get_weights()
 
 
@@ -98,13 +99,13 @@ def train_on(plan: Plan, seed: int, network: str, weights: list[np.ndarray], var
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    train, test = _data(plan)
+    train, test = load_data(plan)
     model = NETWORKS[network](keras)
     model.set_weights(weights)
     if variant:
         model = _quantize(model, variant)
     steps = plan.tuning_epochs * -(-plan.train // BATCH)
-    _compile(keras, model, keras.optimizers.schedules.PolynomialDecay(RATES[network], steps, 0.0))
+    compile_network(keras, model, keras.optimizers.schedules.PolynomialDecay(RATES[network], steps, 0.0))
     callbacks = [ks.QuantizationSchedule()] if variant else []
     model.fit(*train, batch_size=BATCH, epochs=plan.tuning_epochs, verbose=0, callbacks=callbacks)
     if variant:
@@ -133,7 +134,7 @@ def _calibrate(model, variant: Variant, train):
 
 
 def _accuracy(keras, model, test) -> float:
-    return 100 * _compile(keras, model, 0.0).evaluate(*test, batch_size=512, verbose=0)[1]
+    return 100 * compile_network(keras, model, 0.0).evaluate(*test, batch_size=512, verbose=0)[1]
 
 
 def results_table(accuracy: dict[str, dict[str, list[float]]]) -> str:
@@ -184,7 +185,7 @@ def main() -> None:
     trained = {name: [None, *(v for v in VARIANTS if v.network == name and v.trained)] for name in NETWORKS}
     accuracy: dict = {name: {v.name: [] for v in VARIANTS if v.network == name} | {FLOAT: []} for name in NETWORKS}
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.processes, mp_context=context, initializer=_one_thread)
+    pool = ProcessPoolExecutor(args.processes, mp_context=context, initializer=use_one_thread)
     with pool, progress_bar(console) as progress:
         task = progress.add_task(
             "trainings", total=args.seeds * sum(1 + len(variants) for variants in trained.values())

@@ -16,9 +16,10 @@ import numpy as np
 import tables
 from characters import CLASSES, SIZE
 from measuring import Bar, Estimate, advance, bars_table, in_turn, own_process, progress_bar, warn_if_busy
-from neuron_criteria import Mean, Plan, _compile, _data, _one_thread
+from networks import compile_network, use_one_thread
+from neuron_criteria import Mean, Plan, load_data
 from rich.console import Console
-from training_fits import _NETWORKS, _SHAPES
+from training_fits import FIT_NETWORKS, FIT_SHAPES
 from training_overhead import NAMES
 
 BATCH = 128
@@ -71,14 +72,14 @@ def _runners(library: str, network: str) -> tuple[Runner, Runner]:
     """Both models, after a first `fit`, which traces them."""
     import tensorflow as tf
 
-    keras, quantize = _library(library)
+    keras, quantize = library_model(library)
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
-    images = rng.random((_WARM_UP_STEPS * BATCH, *_SHAPES[network]), dtype="float32")
+    images = rng.random((_WARM_UP_STEPS * BATCH, *FIT_SHAPES[network]), dtype="float32")
     labels = rng.integers(10, size=len(images))
     runners = []
     for quantized in (False, True):
-        model = _NETWORKS[network](keras)
+        model = FIT_NETWORKS[network](keras)
         model = quantize(model) if quantized else model
         model.compile(keras.optimizers.Adam(), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         model.fit(images, labels, batch_size=BATCH, epochs=1, verbose=0)
@@ -103,7 +104,7 @@ def _check(plain, quantized) -> None:
         raise RuntimeError("The model that should be quantized has no more variables than the plain one.")
 
 
-def _library(name: str):
+def library_model(name: str):
     """Its Keras, and the function that makes a model quantization-aware."""
     if name == "ours":
         import keras
@@ -118,7 +119,7 @@ def _library(name: str):
     return tf_keras, tfmot.quantization.keras.quantize_model
 
 
-def _small(keras):
+def small_model(keras):
     layers = keras.layers
     inputs = outputs = keras.Input((SIZE, SIZE, 1))
     for filters in (16, 32):
@@ -133,22 +134,22 @@ def train_first(plan: Plan, seed: int) -> list[np.ndarray]:
 
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    model = _compile(keras, _small(keras), 2e-3)
-    model.fit(*_data(plan)[0], batch_size=BATCH, epochs=plan.dense_epochs, verbose=0)
+    model = compile_network(keras, small_model(keras), 2e-3)
+    model.fit(*load_data(plan)[0], batch_size=BATCH, epochs=plan.dense_epochs, verbose=0)
     return model.get_weights()
 
 
 def train_on(library: str, plan: Plan, seed: int, weights: list[np.ndarray], quantized: bool) -> float:
     """Accuracy in percent after the rest of the training."""
-    keras, quantize = _library(library)
+    keras, quantize = library_model(library)
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
-    train, test = _data(plan)
-    model = _small(keras)
+    train, test = load_data(plan)
+    model = small_model(keras)
     model.set_weights(weights)
     model = quantize(model) if quantized else model
     steps = plan.tuning_epochs * -(-plan.train // BATCH)
-    _compile(keras, model, keras.optimizers.schedules.PolynomialDecay(RATE, steps, 0.0))
+    compile_network(keras, model, keras.optimizers.schedules.PolynomialDecay(RATE, steps, 0.0))
     model.fit(*train, batch_size=BATCH, epochs=plan.tuning_epochs, verbose=0)
     return 100 * model.evaluate(*test, batch_size=512, verbose=0)[1]
 
@@ -177,7 +178,7 @@ def measure_accuracies(plan: Plan, seeds: int, progress) -> dict[tuple[str, bool
     with own_process() as ours, own_process() as tfmot:
         workers = {"ours": ours, "tfmot": tfmot}
         for worker in workers.values():
-            worker.submit(_one_thread).result()
+            worker.submit(use_one_thread).result()
         for seed in range(seeds):
             weights = ours.submit(train_first, plan, seed).result()
             advance(progress, task)

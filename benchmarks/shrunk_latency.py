@@ -38,7 +38,7 @@ CASES = (
 )
 
 
-def _build(network: str):
+def build_parent(network: str):
     import keras
 
     keras.utils.set_random_seed(0)
@@ -89,7 +89,7 @@ def time_in_turn(case: Case, runs: int) -> tuple[list[float], list[float], float
     import keras_squeeze as ks
     from keras_squeeze.evaluation.latency import prepare
 
-    parent = _build(case.network)
+    parent = build_parent(case.network)
     whole = ks.summarize(parent).total.macs
     parent_run = prepare(parent)
     _prune(case, parent)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import tables
 from measuring import Bar, Estimate, advance, bars_table, own_process, progress_bar, warn_if_busy
-from neuron_criteria import Mean, Plan, _compile, _data, _one_thread
-from quantization_overhead import LIBRARIES, _small, train_first
+from networks import compile_network, use_one_thread
+from neuron_criteria import Mean, Plan, load_data
+from quantization_overhead import LIBRARIES, small_model, train_first
 from rich.console import Console
-from training_fits import _NETWORKS, SPARSITY, Cell, Pair, _fit_in_turn, fit_tfmot
+from training_fits import FIT_NETWORKS, SPARSITY, Cell, Pair, fit_in_turn, fit_tfmot
 from training_overhead import NAMES, Overhead
 
 BATCH = 128
@@ -75,22 +76,24 @@ def run_pipeline(library: str, plan: Plan, seed: int, weights: list[np.ndarray],
     keras, tfmot = _libraries(library)
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
-    train, test = _data(plan)
-    model = _small(keras)
+    train, test = load_data(plan)
+    model = small_model(keras)
     model.set_weights(weights)
     sparsity, quantization = tfmot.sparsity.keras, tfmot.quantization.keras
     schedule = sparsity.PolynomialDecay(0.0, FINAL, **_times(plan))
-    pruned = _compile(keras, sparsity.prune_low_magnitude(model, pruning_schedule=schedule), 1e-3)
+    pruned = compile_network(keras, sparsity.prune_low_magnitude(model, pruning_schedule=schedule), 1e-3)
     updates: list[Update] = []
     recorder = (_record_ours if library == "ours" else _record_tfmot)(keras, sparsity, schedule, updates)
     options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
     pruned.fit(*train, epochs=plan.pruning_epochs, callbacks=recorder, **options)
-    final = _compile(keras, sparsity.strip_pruning(pruned), 1e-3)
+    final = compile_network(keras, sparsity.strip_pruning(pruned), 1e-3)
     accuracy = {"pruned": 100 * final.evaluate(*test, batch_size=512, verbose=0)[1]}
     zeros = {layer.name: int(np.sum(layer.kernel.numpy() == 0)) for layer in final.layers if hasattr(layer, "kernel")}
     files = {"pruned": _export(library, final, pathlib.Path(folder, f"{library}.tflite"))}
     scheme = tfmot.experimental.combine.Default8BitPrunePreserveQuantizeScheme()
-    quantized = _compile(keras, quantization.quantize_apply(quantization.quantize_annotate_model(final), scheme), 3e-4)
+    quantized = compile_network(
+        keras, quantization.quantize_apply(quantization.quantize_annotate_model(final), scheme), 3e-4
+    )
     quantized.fit(*train, epochs=plan.tuning_epochs, **options)
     accuracy["quantized"] = 100 * quantized.evaluate(*test, batch_size=512, verbose=0)[1]
     files["quantized"] = _export(library, quantized, pathlib.Path(folder, f"{library}_int8.tflite"), train[0][:256])
@@ -165,10 +168,10 @@ def fit_compat(cell: Cell) -> list[Pair]:
     keras, tfmot = _libraries("ours")
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
-    plain, pruned = _NETWORKS[cell.network](keras), _NETWORKS[cell.network](keras)
+    plain, pruned = FIT_NETWORKS[cell.network](keras), FIT_NETWORKS[cell.network](keras)
     schedule = tfmot.sparsity.keras.PolynomialDecay(0.0, SPARSITY, *cell.span, power=3, frequency=cell.frequency)
     pruned = tfmot.sparsity.keras.prune_low_magnitude(pruned, pruning_schedule=schedule)
-    return _fit_in_turn(keras, plain, pruned, tfmot.sparsity.keras.UpdatePruningStep(), cell)
+    return fit_in_turn(keras, plain, pruned, tfmot.sparsity.keras.UpdatePruningStep(), cell)
 
 
 def measure_latency_ratio(theirs: pathlib.Path, ours: pathlib.Path, runs: int):
@@ -185,7 +188,7 @@ def run_pipelines(plan: Plan, seeds: int, folder: str, progress) -> list[tuple[R
     task = progress.add_task("pipelines", total=3 * seeds)
     with own_process() as ours, own_process() as tfmot:
         for worker in (ours, tfmot):
-            worker.submit(_one_thread).result()
+            worker.submit(use_one_thread).result()
         for seed in range(seeds):
             weights = ours.submit(train_first, plan, seed).result()
             advance(progress, task)

@@ -19,7 +19,7 @@ SPARSITY = 0.9
 _RUN_EXAMPLES = 10 * 50_000
 _RUN_UPDATES = 100
 _SCHEDULE_SHARE = 0.75
-_SHAPES = {"mlp": (784,), "resnet8": (32, 32, 3)}
+FIT_SHAPES = {"mlp": (784,), "resnet8": (32, 32, 3)}
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def fit_keras(cell: Cell) -> list[Pair]:
     schedule = ks.schedules.PolynomialDecay(SPARSITY, begin=begin, end=end, frequency=cell.frequency)
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
-    plain, pruned = _NETWORKS[cell.network](keras), _NETWORKS[cell.network](keras)
-    return _fit_in_turn(keras, plain, pruned, ks.MagnitudePruning(schedule), cell)
+    plain, pruned = FIT_NETWORKS[cell.network](keras), FIT_NETWORKS[cell.network](keras)
+    return fit_in_turn(keras, plain, pruned, ks.MagnitudePruning(schedule), cell)
 
 
 def fit_tfmot(cell: Cell) -> list[Pair]:
@@ -77,13 +77,13 @@ def fit_tfmot(cell: Cell) -> list[Pair]:
     sparsity = tfmot.sparsity.keras
     tf_keras.backend.clear_session()
     tf_keras.utils.set_random_seed(0)
-    plain, pruned = _NETWORKS[cell.network](tf_keras), _NETWORKS[cell.network](tf_keras)
+    plain, pruned = FIT_NETWORKS[cell.network](tf_keras), FIT_NETWORKS[cell.network](tf_keras)
     schedule = sparsity.PolynomialDecay(0.0, SPARSITY, *cell.span, power=3, frequency=cell.frequency)
     pruned = sparsity.prune_low_magnitude(pruned, pruning_schedule=schedule)
-    return _fit_in_turn(tf_keras, plain, pruned, sparsity.UpdatePruningStep(), cell)
+    return fit_in_turn(tf_keras, plain, pruned, sparsity.UpdatePruningStep(), cell)
 
 
-def _fit_in_turn(keras, plain, pruned, callback, cell: Cell) -> list[Pair]:
+def fit_in_turn(keras, plain, pruned, callback, cell: Cell) -> list[Pair]:
     """Runs two `fit`s at the same time, of which only one moves: they take turns, an epoch each.
 
     So what is compared is never more than an epoch apart, and a machine that is slower for a while is slower for both.
@@ -142,14 +142,14 @@ def _data(cell: Cell):
     """One epoch of noise: the time of a step does not depend on what is learned."""
     rng = np.random.default_rng(0)
     count = cell.frequency * cell.batch
-    return rng.random((count, *_SHAPES[cell.network]), dtype="float32"), rng.integers(10, size=count)
+    return rng.random((count, *FIT_SHAPES[cell.network]), dtype="float32"), rng.integers(10, size=count)
 
 
 def _mlp(keras):
     """784-1024-1024-10: 1.9 million weights."""
     return keras.Sequential(
         [
-            keras.Input(_SHAPES["mlp"]),
+            keras.Input(FIT_SHAPES["mlp"]),
             keras.layers.Dense(1024, activation="relu"),
             keras.layers.Dense(1024, activation="relu"),
             keras.layers.Dense(10),
@@ -159,7 +159,7 @@ def _mlp(keras):
 
 def _resnet8(keras):
     """The network of the bars, for color pictures of 10 classes."""
-    return build_resnet8(keras, _SHAPES["resnet8"], classes=10)
+    return build_resnet8(keras, FIT_SHAPES["resnet8"], classes=10)
 
 
-_NETWORKS = {"mlp": _mlp, "resnet8": _resnet8}
+FIT_NETWORKS = {"mlp": _mlp, "resnet8": _resnet8}

@@ -13,13 +13,14 @@ from typing import Any
 import keras
 
 from keras_squeeze import checks
+from keras_squeeze.configurable import Configurable
 
 UPDATES_BY_DEFAULT = 100
 """At most this many updates are spread over a schedule's span unless `frequency` says otherwise; fewer where the run
 is too short to pay for them."""
 
 
-class Schedule:
+class Schedule(Configurable):
     """Base class: a value that moves from `initial` at `begin` to `final` at `end`, and stays there.
 
     A subclass says in `fraction_done` how far the value has moved at a fraction of the span.
@@ -122,14 +123,6 @@ class Schedule:
             "end": self.end,
             "frequency": self.frequency,
         }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]):
-        return cls(**config)
-
-    def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
-        return f"{type(self).__name__}({arguments})"
 
 
 @keras.saving.register_keras_serializable("keras_squeeze")

@@ -14,6 +14,7 @@ NAME = PACKAGE.name
 # Data flows down this list. A module imports only what stands above it; what is in a folder stands together.
 ORDER = [
     "checks",
+    "configurable",
     "data",
     "schedules",
     "atomic_write",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_squeeze.data import batches, check_reusable, inputs_only
+from keras_squeeze.data import batches, check_reusable, inputs_only, lists_to_arrays
 
 X = np.arange(20, dtype="float32").reshape(10, 2)
 Y = np.arange(10)
@@ -103,3 +103,15 @@ def test_what_can_be_read_once_is_refused():
             check_reusable(data)
     for data in (X, (X, Y), dataset(X, Y), Sequence()):
         check_reusable(data)
+
+
+def test_lists_of_numbers_become_arrays_and_lists_of_arrays_stay():
+    x, y = lists_to_arrays(([[1.0, 2.0], [3.0, 4.0]], [0, 1]))
+    np.testing.assert_array_equal(x, [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(y, [0, 1])
+    assert isinstance(x, np.ndarray)
+    parts = [X, X]
+    several, targets = lists_to_arrays((parts, Y))
+    assert several is parts
+    assert targets is Y
+    assert lists_to_arrays(X) is X

@@ -6,7 +6,6 @@ A neuron's weights may lie in several layers (those that a residual sum joins): 
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from keras_squeeze import checks
 from keras_squeeze.channel_graph.activation_recorder import observe
 from keras_squeeze.channel_graph.graph import Slices
+from keras_squeeze.configurable import Configurable, resolve
 from keras_squeeze.data import batches
 from keras_squeeze.introspection.variables import read
 from keras_squeeze.neuron_pruning.neurons import Neurons
@@ -21,7 +21,7 @@ from keras_squeeze.training.gradients import GroupProducts
 from keras_squeeze.weight_pruning.criteria import batch_gradients
 
 
-class NeuronCriterion(ABC):
+class NeuronCriterion(Configurable, ABC):
     """Base class: scores every neuron of a model; higher means keep.
 
     Attributes:
@@ -33,17 +33,6 @@ class NeuronCriterion(ABC):
     @abstractmethod
     def scores(self, neurons: Neurons, data=None) -> np.ndarray:
         """float64 array, one score for each of `neurons.count`."""
-
-    def get_config(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-    def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
-        return f"{type(self).__name__}({arguments})"
 
 
 def _summed(neurons: Neurons, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -282,12 +271,5 @@ def get(identifier) -> NeuronCriterion:
         ValueError: an unknown name; the message lists the known ones.
         TypeError: something else.
     """
-    if isinstance(identifier, NeuronCriterion):
-        return identifier
-    if isinstance(identifier, dict):
-        criterion = keras.saving.deserialize_keras_object(identifier)
-        if isinstance(criterion, NeuronCriterion):
-            return criterion
-    if isinstance(identifier, str):
-        return _CRITERIA[checks.one_of("criterion", identifier, _CRITERIA)]()
-    raise TypeError(f"`criterion` must be a name or a criterion for neurons. Received: {identifier!r}")
+    allowed = "a name or a criterion for neurons"
+    return resolve("criterion", identifier, NeuronCriterion, _CRITERIA, allowed)  # type: ignore[type-abstract]

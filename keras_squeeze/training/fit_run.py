@@ -273,7 +273,6 @@ class FitRun:
         callback.detach()
         callback._run = None
         self.callbacks.remove(callback)
-        self._logs = None
         if not self.callbacks:
             self._close()
 

@@ -13,11 +13,12 @@ import keras
 import numpy as np
 
 from keras_squeeze import checks
+from keras_squeeze.configurable import Configurable, resolve
 from keras_squeeze.data import batches
 from keras_squeeze.introspection.variables import read
 
 
-class Criterion:
+class Criterion(Configurable):
     """Base class: scores every value of a weight; higher means keep.
 
     Attributes:
@@ -43,17 +44,6 @@ class Criterion:
             float32 array of the weight's shape.
         """
         raise NotImplementedError
-
-    def get_config(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-    def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
-        return f"{type(self).__name__}({arguments})"
 
 
 @keras.saving.register_keras_serializable("keras_squeeze")
@@ -160,15 +150,7 @@ def get(identifier) -> Criterion:
         ValueError: an unknown name; the message lists the known ones.
         TypeError: something else.
     """
-    if isinstance(identifier, Criterion):
-        return identifier
-    if isinstance(identifier, dict):
-        criterion = keras.saving.deserialize_keras_object(identifier)
-        if isinstance(criterion, Criterion):
-            return criterion
-    if isinstance(identifier, str):
-        return _BY_NAME[checks.one_of("criterion", identifier, _BY_NAME)]()
-    raise TypeError(f"`criterion` must be a name or a criterion from keras_squeeze.criteria. Received: {identifier!r}")
+    return resolve("criterion", identifier, Criterion, _BY_NAME, "a name or a criterion from keras_squeeze.criteria")
 
 
 def loss_gradients(

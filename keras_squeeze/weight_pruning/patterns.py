@@ -12,11 +12,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_squeeze.configurable import Configurable
+
 Expand = Callable[[np.ndarray], np.ndarray]
 """Turns the flat boolean array of kept units into a mask of the weight's shape."""
 
 
-class Pattern(ABC):
+class Pattern(Configurable, ABC):
     """Which zeros are allowed.
 
     Attributes:
@@ -49,19 +51,11 @@ class Pattern(ABC):
     def cover(self, shape: tuple[int, ...], output_axes: Sequence[int]) -> int:
         """Computes how many units it takes to reach every output once."""
 
-    def check(self, shape: tuple[int, ...], name: str) -> None:  # noqa: B027 - most patterns fit every shape
+    def check(self, shape: tuple[int, ...], name: str) -> None:
         """Raises a `ValueError` where a weight of this shape cannot have the pattern."""
 
     @abstractmethod
     def get_config(self) -> dict[str, Any]: ...
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-    def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
-        return f"{type(self).__name__}({arguments})"
 
 
 @keras.saving.register_keras_serializable("keras_squeeze")
