@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from keras_squeeze import quantizers, schedules
+from keras_squeeze import criteria, plots, quantizers, schedules, steps
 from keras_squeeze.analysis.report import CompressionReport, summarize
 from keras_squeeze.channel_graph.rules import register_channel_rule
 from keras_squeeze.deployment.litert import ExportResult, export
@@ -21,13 +21,11 @@ from keras_squeeze.quantization.conversion import finalize, quantize_aware
 from keras_squeeze.quantization.fake_quantize import FakeQuantize
 from keras_squeeze.quantization.quantization_schedule import QuantizationSchedule
 from keras_squeeze.quantization.quantize_aware_layer import QuantizeAware
-from keras_squeeze.recipes import steps
 from keras_squeeze.recipes.recipe import Recipe
 from keras_squeeze.search.objectives import pareto_front
 from keras_squeeze.search.space import CompressionSpace
 from keras_squeeze.training.after_target import AfterTarget
 from keras_squeeze.training.recalibration import recalibrate_batch_norm
-from keras_squeeze.weight_pruning import criteria
 from keras_squeeze.weight_pruning.keep_sparsity import KeepSparsity
 from keras_squeeze.weight_pruning.magnitude_pruning import MagnitudePruning, prune_weights
 
@@ -66,6 +64,7 @@ __all__ = [
     "measure_latencies",
     "measure_latency",
     "pareto_front",
+    "plots",
     "prunable_neurons",
     "prune_neurons",
     "prune_weights",

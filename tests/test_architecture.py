@@ -2,7 +2,10 @@
 
 import ast
 import graphlib
+import importlib
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -34,6 +37,9 @@ ORDER = [
     "search",
     "tfmot_compat",
     "cli",
+    "criteria",  # from here on public names, which no other module imports
+    "plots",
+    "steps",
 ]
 STRANGERS = [("weight_pruning", "quantization"), ("neuron_pruning", "quantization")]  # these never import each other
 
@@ -148,6 +154,22 @@ def test_every_module_says_what_it_is_for(module):
 def test_every_public_name_is_there_and_documented(name):
     public = getattr(ks, name)
     assert (public.__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", ["criteria", "plots", "quantizers", "schedules", "steps", "tfmot_compat"])
+def test_public_namespaces_can_be_imported_from(name):
+    namespace = importlib.import_module(f"{NAME}.{name}")
+    assert getattr(ks, name) is namespace
+    for public in getattr(namespace, "__all__", ()):
+        assert getattr(namespace, public) is not None
+
+
+@pytest.mark.parametrize("name", ["criteria", "plots", "quantizers", "schedules", "steps"])
+def test_public_namespaces_are_there_without_being_imported(name):
+    """In another process: here, tests have imported them."""
+    program = f"import keras_squeeze; print(keras_squeeze.{name}.__name__)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"{NAME}.{name}"
 
 
 def test_public_names_are_listed_once_and_in_order():
